@@ -1,0 +1,43 @@
+# demo: the whole road on a fresh clone.  test: everything CI runs.  check: format, types, layers.  bench: the numbers.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check format bench clean
+
+.venv/.runtime: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	# torch first and by its pin: a plain name would bring in gigabytes of CUDA that this does not need
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.runtime
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	# the reference package, only to hold our files against; without the notebook stack that it asks for
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps mlc-chakra
+	touch $@
+
+demo: .venv/.runtime
+	$(BIN)/meshloom demo
+
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest -m slow
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/main_job.py --write
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,97 @@
+"""`meshloom`: commands are loaded when they are called, so that help needs no torch. Mistakes are one line, exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+import meshloom
+from meshloom.errors import MeshloomError
+
+# command -> what `meshloom --help` says of it; its code is `command` in meshloom.cli.<name>
+COMMANDS = {
+    "demo": "The whole road in one go: train, trace, check, synthesise, simulate, report.",
+    "train": "Train a model on a plan of ranks, and record a step if asked.",
+    "capture": "Make Chakra traces again from the files that a recorded step left.",
+    "synth": "Synthesise the traces of a training step on ranks that you do not have.",
+    "check": "Check traces for faults.",
+    "info": "Say what a trace holds.",
+    "simulate": "Predict when traces would run on a cluster.",
+    "graph": "Draw a step as a graph (SVG).",
+    "report": "Write one HTML page about a run.",
+}
+
+
+class _Lazy(click.Group):
+    """A group that imports a command's module only when the command runs or its own help is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"meshloom.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(meshloom.__version__, prog_name="meshloom")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Weave any single-device Hugging Face model onto a device mesh, real or imagined.
+
+    \b
+    Examples:
+      meshloom demo
+      meshloom train --model gpt2-tiny --data sample --tokenizer bytes --plan dp2 --max-steps 20 --trace
+      meshloom synth --model gpt2 --plan tp2.dp4 --out synth.gpt2
+      meshloom simulate synth.gpt2 --cluster h100x8
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failure, 2 a mistake in what was asked, 130 interrupted."""
+    # PyTorch's native code logs each start of its observers; what matters, Meshloom says itself.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    try:
+        result: Any = cli.main(arguments, prog_name="meshloom", standalone_mode=False)
+    except MeshloomError as error:
+        if debug:
+            raise
+        _say(str(error))
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
+        _say(error.format_message() + hint)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted; everything that was started has been ended")
+        return 130
+    except BrokenPipeError:  # `meshloom info … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def _say(message: str) -> None:
+    click.echo(f"meshloom: {' '.join(message.split())}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""`meshloom simulate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from meshloom.chakra import timeline as timeline_file
+from meshloom.chakra.file import read_all
+from meshloom.chakra.timeline import Timeline
+from meshloom.hardware.cluster import load_cluster
+from meshloom.simulate.engine import simulate
+
+
+@click.command()
+@click.argument("where", metavar="TRACE|DIR")
+@click.option("--cluster", default="h100x8", show_default=True, help="A shipped cluster or a TOML file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(where: str, cluster: str, as_json: bool) -> None:
+    """Predict when traces would run on a cluster; writes timeline.json beside them.
+
+    \b
+    Example:
+      meshloom simulate runs/gpt2-tiny.dp2.20261121-120000 --cluster h100x8
+    """
+    timeline, path = predict(where, cluster)
+    result = {**shares(timeline), "timeline": str(path)}
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        click.echo(sentence(timeline))
+        click.echo(f"timeline: {path}")
+
+
+def predict(where: str | Path, cluster: str) -> tuple[Timeline, Path]:
+    """The predicted timeline of the traces at `where`, and the file beside them into which it was written."""
+    where = Path(where)
+    timeline = simulate(read_all(where), load_cluster(cluster))
+    folder = where if where.is_dir() else where.parent
+    return timeline, timeline_file.write(timeline, folder / "timeline.json")
+
+
+def shares(timeline: Timeline) -> dict[str, Any]:
+    """Step time, and the mean shares over all ranks."""
+    ranks = timeline.shares()
+    whole = max(1, timeline.makespan_ns * len(ranks))
+    return {
+        "cluster": timeline.cluster,
+        "world_size": timeline.world_size,
+        "step_time_ns": timeline.makespan_ns,
+        "compute_share": sum(rank.compute_ns for rank in ranks) / whole,
+        "exposed_communication_share": sum(rank.exposed_communication_ns for rank in ranks) / whole,
+        "idle_share": sum(rank.idle_ns for rank in ranks) / whole,
+        "communication_share": sum(rank.communication_ns for rank in ranks) / whole,
+    }
+
+
+def sentence(timeline: Timeline) -> str:
+    """Step time and shares in one line."""
+    told = shares(timeline)
+    return (f"predicted on {told['cluster']}: step {told['step_time_ns'] / 1e6:.3f} ms on {told['world_size']} "
+            f"rank{'s' * (told['world_size'] > 1)}; compute {told['compute_share']:.1%}, exposed communication "
+            f"{told['exposed_communication_share']:.1%}, idle {told['idle_share']:.1%}")  # fmt: skip

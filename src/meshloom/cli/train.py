@@ -1,0 +1,185 @@
+"""`meshloom train`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshloom.errors import FolderError, MeshloomError, UsageError
+from meshloom.plan import Plan
+
+
+@click.command()
+@click.option("--model", required=True, help="A preset (gpt2, gpt2-tiny, bert-base-uncased), a config.json, a folder, "
+              "or a hub id. Weights start random.")  # fmt: skip
+@click.option("--data", required=True, help="A SQuAD file (.json, .json.gz), 'squad' for the hub's, 'sample' for ours.")
+@click.option("--tokenizer", help="A tokenizer folder, a hub id, or 'bytes'.  [default: that of --model]")
+@click.option("--plan", default="dp1", show_default=True, help="How the work is cut, such as dp2 or tp2.dp2.")
+@click.option("--max-steps", default=10, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
+@click.option("--batch-size", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")
+@click.option("--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1),
+              help="Micro-batches a step.")  # fmt: skip
+@click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
+@click.option("--learning-rate", default=5e-4, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--weight-decay", default=0.1, show_default=True, type=click.FloatRange(0))
+@click.option("--max-grad-norm", default=1.0, show_default=True, type=click.FloatRange(0), help="0 switches it off.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--out", help="The run folder, new or empty.  [default: runs/<model>.<plan>.<time>]")
+@click.option("--trace", is_flag=True, help="Record one step on each rank as a Chakra trace.")
+@click.option("--trace-step", type=click.IntRange(1), help="Which step to record.  [default: the third, or the last]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(**options: Any) -> None:
+    """Train a model on a plan of ranks, and record a step if asked.
+
+    On one host the ranks are started here. Under torchrun each process is one rank; then give --out.
+
+    \b
+    Examples:
+      meshloom train --model gpt2-tiny --tokenizer bytes --data sample --plan dp2 --max-steps 20 --trace
+      torchrun --nproc-per-node 2 --no-python meshloom train --model gpt2-tiny --tokenizer bytes \\
+          --data sample --plan dp2 --out runs/by-torchrun
+    """
+    folder = train(**options)
+    if folder is not None:
+        result = outcome(folder)
+        click.echo(json.dumps(result) if options["as_json"] else _sentence(result))
+
+
+def train(
+    *,
+    model: str,
+    data: str,
+    tokenizer: str | None,
+    plan: str,
+    max_steps: int,
+    batch_size: int,
+    gradient_accumulation: int,
+    seq_length: int,
+    learning_rate: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    seed: int,
+    objective: str | None,
+    device: str,
+    out: str | None,
+    trace: bool,
+    trace_step: int | None,
+    as_json: bool = False,
+) -> Path | None:
+    """Train as the command does and return the run folder; None on ranks of a torchrun other than 0."""
+    cut = Plan.parse(plan)
+    if trace_step is not None and trace_step > max_steps:
+        raise UsageError(f"--trace-step {trace_step}: expected at most --max-steps, which is {max_steps}")
+
+    from dataclasses import replace
+
+    from meshloom.model.config import load_config, load_tokenizer, objective_of
+    from meshloom.parallel.launch import run_ranks, world_from_environment
+    from meshloom.train.data import check_tokenizer, load_squad
+    from meshloom.train.loop import Job, check_job, train_rank
+    from meshloom.train.runs import new_run, set_state, write_facts
+
+    world = world_from_environment()
+    if world is not None:
+        cut.with_world_size(world[1])
+        if out is None:
+            raise UsageError("expected --out under torchrun, so that all ranks write to one folder")
+    config = load_config(model)
+    job = Job(
+        config=config,
+        objective=objective or objective_of(config),  # type: ignore[arg-type]
+        tokenizer=load_tokenizer(tokenizer or model),
+        documents=load_squad(data),
+        plan=replace(cut, num_micro_batches=gradient_accumulation),
+        max_steps=max_steps,
+        batch_size=batch_size,
+        seq_length=seq_length,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+    )
+    check_tokenizer(job.tokenizer, config, job.objective)
+    num_parameters = check_job(job, _free_memory() if world is None and device != "cuda" else None)
+    is_first = world is None or world[0] == 0
+    folder = new_run(out, model=model, plan=cut) if is_first else Path(str(out))
+    recorded = (trace_step or min(3, max_steps)) - 1 if trace else None
+    around = _recorder(folder, recorded, model, cut) if recorded is not None else None
+    command = {"model": model, "data": data, "tokenizer": tokenizer, "plan": str(job.plan), "max_steps": max_steps,
+               "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "seq_length": seq_length,
+               "learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
+               "seed": seed, "trace": trace}  # fmt: skip
+    if is_first:
+        write_facts(folder, config=config, plan=job.plan, command=command)
+        if not as_json:
+            click.echo(f"{model}: {num_parameters:,} parameters, random weights, {job.objective} language model; "
+                       f"plan {cut} on {cut.world_size} rank{'s' * (cut.world_size > 1)}; {data}: "
+                       f"{len(job.documents):,} documents\nrun folder: {folder}")  # fmt: skip
+    arguments = (job, str(folder), device, around, not as_json)
+    try:
+        if world is None:
+            run_ranks(train_rank, *arguments, num_ranks=cut.world_size, log_dir=folder / "logs")
+        else:
+            train_rank(*arguments)
+    except (MeshloomError, KeyboardInterrupt) as error:
+        if is_first:
+            stopped = isinstance(error, KeyboardInterrupt)
+            set_state(folder, "stopped" if stopped else "failed", reason=str(error) or "interrupted")
+        raise
+    if not is_first:
+        return None
+    set_state(folder, "finished")
+    return folder
+
+
+def _recorder(folder: Path, step: int, model_name: str, plan: Plan) -> Any:
+    """What stands around each step: the recorder of the capture room, made on each rank."""
+
+    def make(mesh: Any, model: Any) -> Any:
+        from meshloom.capture.record import Recorder
+        from meshloom.parallel.mesh import axis_groups
+
+        return Recorder(folder / "trace", step=step, model=model, axes=axis_groups(plan, mesh.rank),
+                        facts={"plan": str(plan), "model": model_name})  # fmt: skip
+
+    return make
+
+
+def _free_memory() -> int | None:
+    """Bytes that the host has free; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What the run in `folder` came to: its losses, speed and traces."""
+    path = folder / "metrics.jsonl"
+    try:
+        steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise FolderError(f"{path}: expected one line a step, got '{error.strerror}'") from error
+    plain = sorted(step["tokens_per_second"] for step in steps if not step["recorded"])
+    return {
+        "folder": str(folder),
+        "num_steps": len(steps),
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "median_tokens_per_second": plain[len(plain) // 2] if plain else None,
+        "traces": [str(file) for file in sorted((folder / "trace").glob("*.et"))],
+    }
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    speed = result["median_tokens_per_second"]
+    text = f"{result['num_steps']} steps, loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
+    text += f", {speed:,.0f} tokens/s (median)" if speed else ""
+    traces = result["traces"]
+    return text + (f"\ntraces: {traces[0]}" + (f" … {Path(traces[-1]).name}" if traces[1:] else "") if traces else "")

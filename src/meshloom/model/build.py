@@ -1,0 +1,49 @@
+"""Build a model from its config, with random weights, on any device (meta and fake ones too)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.utils import logging as transformers_logging
+
+from meshloom.errors import ModelError
+from meshloom.model.config import Objective
+
+_HEADS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+
+
+def build_model(config: Any, objective: Objective, *, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+    """The model with the head for `objective`, float32, initialised from `seed`; raises ModelError.
+
+    Equal seeds give equal weights on every rank.
+    """
+    transformers_logging.set_verbosity_error()  # what it has to say about a config is for its maintainers
+    torch.manual_seed(seed)
+    try:
+        with torch.device(device):
+            model: nn.Module = _HEADS[objective].from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"{config.model_type}: transformers cannot build the model: {str(error).splitlines()[0]}"
+        ) from error
+    return model
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many parameters the model has; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def example_batch(
+    objective: Objective, *, micro_batch: int, seq_length: int, device: torch.device | str = "cpu"
+) -> Mapping[str, Tensor]:
+    """A batch of the shape and dtypes that training feeds for `objective`, filled with zeros: (B, S) int64 each."""
+    ids = torch.zeros(micro_batch, seq_length, dtype=torch.long, device=device)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if objective == "masked":
+        batch["attention_mask"] = torch.ones_like(ids)
+    return batch

@@ -1,0 +1,121 @@
+"""Find a model's config, and a tokenizer: by preset, file, folder or hub id. Configs are HF's own objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from meshloom.errors import DataError, ModelError, OfflineError
+
+Objective = Literal["causal", "masked"]
+
+_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+            "mask_token": "[MASK]", "unk_token": "[UNK]"}  # fmt: skip
+
+
+def presets() -> list[str]:
+    """Names of the shipped configs."""
+    folder = resources.files("meshloom.model") / "presets"
+    return sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json"))
+
+
+def load_config(model: str) -> Any:
+    """The HF config of a preset, a config.json, a folder that holds one, or a hub id; raises ModelError, OfflineError."""
+    if model in presets():
+        text = (resources.files("meshloom.model") / "presets" / f"{model}.json").read_text(encoding="utf-8")
+        return _from_json(text, model)
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{model}: expected a folder with config.json, found none there")
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file}: expected a model's config.json, got '{error}'") from error
+        return _from_json(text, str(file))
+    if "/" in model and (path.parent.is_dir() or model.startswith((".", "/"))):
+        raise ModelError(f"{model}: expected a folder with config.json, a config.json or a hub id; no such path")
+    expected = f"expected a preset ({', '.join(presets())}), a config.json, a folder that holds one, or a hub id"
+    with _hub(f"model {model!r}: {expected}", ModelError):
+        return AutoConfig.from_pretrained(model)
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{where}: expected JSON, got '{error}'") from error
+    if not isinstance(table, dict) or not isinstance(table.get("model_type"), str):
+        raise ModelError(f"{where}: expected an HF config, a JSON object with a model_type")
+    try:
+        return AutoConfig.for_model(**table)
+    except Exception as error:  # transformers validates with errors of many kinds; all mean: not a config
+        raise ModelError(f"{where}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
+
+
+def objective_of(config: Any) -> Objective:
+    """What the model is trained for: masked if its architecture says so or it has no causal head; raises ModelError."""
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    architectures = getattr(config, "architectures", None) or []
+    if masked and (not causal or any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in architectures)):
+        return "masked"
+    if causal:
+        return "causal"
+    raise ModelError(f"model type {config.model_type!r}: expected a causal or masked language model")
+
+
+def load_tokenizer(tokenizer: str) -> Any:
+    """The HF tokenizer of a folder or hub id, or the built-in `bytes`; raises DataError, OfflineError."""
+    if tokenizer == "bytes":
+        return _byte_tokenizer()
+    path = Path(tokenizer)
+    if path.exists() or tokenizer.startswith((".", "/")):
+        try:
+            return AutoTokenizer.from_pretrained(tokenizer)
+        except Exception as error:  # a broken tokenizer folder fails in many ways
+            raise DataError(
+                f"tokenizer {tokenizer}: expected a folder with a tokenizer, got '{str(error).splitlines()[0]}'"
+            ) from error
+    with _hub(f"tokenizer {tokenizer!r}: expected a folder, a hub id, or 'bytes'", DataError):
+        return AutoTokenizer.from_pretrained(tokenizer)
+
+
+def _byte_tokenizer() -> Any:
+    """One token a byte of UTF-8, and the special tokens: needs no files, knows every language."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL.values()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+@contextmanager
+def _hub(expected: str, kind: type[ModelError] | type[DataError]) -> Iterator[None]:
+    """Within this, transformers may ask the hub; its failures become one line."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error)
+        unreachable = ("connect", "offline", "Max retries", "resolve", "timed out", "client has been closed")
+        if any(word in text for word in unreachable):
+            raise OfflineError(f"{expected}; the hub cannot be reached, and nothing of that name is cached") from error
+        raise kind(f"{expected}; the hub says: {text.splitlines()[0]}") from error
+    finally:
+        transformers_logging.set_verbosity(level)

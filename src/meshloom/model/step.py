@@ -1,0 +1,66 @@
+"""The step: what training repeats, capture records and synthesis fakes. One function, three uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from meshloom.parallel.apply import clip_gradients
+from meshloom.parallel.data import synced_gradients
+from meshloom.parallel.mesh import Mesh
+
+Batch = Mapping[str, Tensor]
+
+PHASE = "phase:"  # the prefix of the record_function scopes by which traces know a node's phase
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Within this, traces put every op into phase `name`: forward, backward or optimizer."""
+    with record_function(PHASE + name):
+        yield
+
+
+def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Fused AdamW; weight decay on matrices only, not on biases and norms (Brown et al. 2020, appendix B)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # The learning rate is a number, not a tensor: the fused kernel then needs no copy of it to the device.
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95),
+                             fused=True)  # fmt: skip
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    *,
+    mesh: Mesh,
+    max_grad_norm: float,
+) -> Tensor:
+    """One optimizer step on this rank's micro-batches; returns the mean loss (), still on the device.
+
+    Each micro-batch maps the model's argument names to tensors, (B, S) int64. Gradients add up over micro-batches and
+    are averaged over the data-parallel group in the last one only.
+    """
+    losses = []
+    for index, batch in enumerate(micro_batches):
+        with synced_gradients(model, sync=index == len(micro_batches) - 1):
+            with phase("forward"):
+                loss: Tensor = model(**batch).loss / len(micro_batches)
+            with phase("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    with phase("optimizer"):
+        if max_grad_norm:
+            clip_gradients(model, max_grad_norm, mesh)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()

@@ -1,0 +1,126 @@
+"""Linear layers cut over a tensor-parallel group, and the two collectives at the borders of a cut region.
+
+Column then row is Megatron-LM's pair (Shoeybi et al. 2019, section 3): the first layer's output features and the
+second's input features are cut alike, so one all-reduce in forward and one in backward serve both. Works on real,
+meta and fake tensors. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+_functional = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """How a parameter is cut: along `dim`, each of its `num_blocks` equal blocks by itself.
+
+    A fused query-key-value weight has three blocks: each rank holds its part of all three.
+    """
+
+    dim: int
+    num_blocks: int = 1
+
+    def take(self, tensor: Tensor, index: int, degree: int) -> Tensor:
+        """Part `index` of `degree` equal parts, in memory of its own."""
+        parts = tensor.unflatten(self.dim, (self.num_blocks, degree, -1)).select(self.dim + 1, index)
+        return parts.flatten(self.dim, self.dim + 1).contiguous()
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole of all parts, in the order of their ranks. The inverse of `take`."""
+        blocks = torch.stack([part.unflatten(self.dim, (self.num_blocks, -1)) for part in parts], dim=self.dim + 1)
+        return blocks.flatten(self.dim, self.dim + 2)
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """How a parameter was cut, or None if every rank of the tensor-parallel group holds all of it."""
+    return getattr(parameter, "tensor_shard", None)
+
+
+class _EnterRegion(torch.autograd.Function):
+    """Forward: nothing. Backward: sum the gradients that the ranks' parts of the region send back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grads[0], ctx.group_name), None
+
+
+class _LeaveRegion(torch.autograd.Function):
+    """Forward: sum the ranks' parts. Backward: nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        return _all_reduce(x, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _all_reduce(x: Tensor, group_name: str) -> Tensor:
+    result: Tensor = _functional.wait_tensor(_functional.all_reduce(x.contiguous(), "sum", group_name))
+    return result
+
+
+def enter_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x as every rank of `group` holds it, on its way into a cut region: its gradient is summed over the group."""
+    result: Tensor = _EnterRegion.apply(x, group.group_name)  # type: ignore[no-untyped-call]
+    return result
+
+
+def leave_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over `group` of each rank's part x; every rank goes on with the same tensor."""
+    result: Tensor = _LeaveRegion.apply(x, group.group_name)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _CutLinear(nn.Module):
+    """A slice of a linear layer. `input_major`: the weight is (in, out), as in HF's Conv1D, and not (out, in)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, input_major: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.group = group
+        self.input_major = input_major
+
+    def extra_repr(self) -> str:
+        """Shapes of this rank's part."""
+        return f"weight={tuple(self.weight.shape)}, input_major={self.input_major}, bias={self.bias is not None}"
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.input_major:
+            return functional.linear(x, self.weight, bias)
+        flat = x.reshape(-1, x.size(-1))
+        out = flat @ self.weight if bias is None else torch.addmm(bias, flat, self.weight)
+        return out.view(*x.shape[:-1], out.size(-1))
+
+
+class ColumnParallelLinear(_CutLinear):
+    """(…, I) -> (…, O/tp): this rank's output features; the input is the same on every rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, I) -> (…, O/tp)."""
+        return self._product(enter_region(x, self.group), self.bias)
+
+
+class RowParallelLinear(_CutLinear):
+    """(…, I/tp) -> (…, O): this rank's input features; the result is summed, then the bias added once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, I/tp) -> (…, O)."""
+        out = leave_region(self._product(x, None), self.group)
+        return out if self.bias is None else out + self.bias

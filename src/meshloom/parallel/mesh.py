@@ -1,0 +1,54 @@
+"""From a `Plan` to process groups: the mesh that this rank sees. Groups are passed on, never global.
+
+Needs torch.distributed to be initialised with as many ranks as the plan has (any backend, the fake one too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from meshloom.plan import AXES, Axis, Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """This rank's place in the plan, the device it computes on, and its group on each axis of a degree above 1."""
+
+    plan: Plan
+    rank: int
+    device: torch.device
+    groups: Mapping[Axis, dist.ProcessGroup]
+
+    def degree(self, axis: Axis) -> int:
+        """How many ranks the axis has."""
+        return self.plan.degrees[axis]
+
+    def index(self, axis: Axis) -> int:
+        """This rank's place on the axis."""
+        return self.plan.coordinate(self.rank)[axis]
+
+
+def make_mesh(plan: Plan, device: torch.device) -> Mesh:
+    """The mesh of the calling rank; raises PlanError if the plan needs another number of ranks than were started.
+
+    Every rank must call this, at the same point: it creates process groups.
+    """
+    plan = plan.with_world_size(dist.get_world_size())
+    # Slowest axis first, as DeviceMesh lays ranks out; axes of degree 1 need no group.
+    axes = [axis for axis in reversed(AXES) if plan.degrees[axis] > 1]
+    groups: dict[Axis, dist.ProcessGroup] = {}
+    if axes:
+        device_mesh = init_device_mesh(device.type, tuple(plan.degrees[axis] for axis in axes),
+                                       mesh_dim_names=tuple(axes))  # fmt: skip
+        groups = {axis: device_mesh.get_group(axis) for axis in axes}
+    return Mesh(plan=plan, rank=dist.get_rank(), device=device, groups=groups)
+
+
+def axis_groups(plan: Plan, rank: int) -> dict[tuple[int, ...], Axis]:
+    """The ranks of each group that `rank` belongs to -> the axis; the smaller axis wins where two have equal ranks."""
+    return {plan.group(axis, rank): axis for axis in reversed(AXES) if plan.degrees[axis] > 1}

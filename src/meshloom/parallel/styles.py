@@ -1,0 +1,77 @@
+"""The ways a linear layer can be cut: a table from style name to the function that makes this rank's part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshloom.parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearShape:
+    """What a linear layer looks like, whichever class it is of."""
+
+    in_features: int
+    out_features: int
+    input_major: bool  # weight (in, out) as in HF's Conv1D
+
+
+def linear_shape(module: nn.Module) -> LinearShape | None:
+    """The shape of a linear layer, None if the module is none: `nn.Linear`, or Conv1D by its nx, nf and weight."""
+    if isinstance(module, nn.Linear):
+        return LinearShape(in_features=module.in_features, out_features=module.out_features, input_major=False)
+    nx, nf, weight = (getattr(module, name, None) for name in ("nx", "nf", "weight"))
+    if isinstance(nx, int) and isinstance(nf, int) and isinstance(weight, Tensor) and weight.shape == (nx, nf):
+        return LinearShape(in_features=nx, out_features=nf, input_major=True)
+    return None
+
+
+Style = Callable[[nn.Module, LinearShape, int, dist.ProcessGroup, int, int], nn.Module]
+
+
+def _column(
+    module: Any, shape: LinearShape, num_blocks: int, group: dist.ProcessGroup, index: int, degree: int
+) -> nn.Module:
+    weight_shard = Shard(dim=1 if shape.input_major else 0, num_blocks=num_blocks)
+    bias_shard = Shard(dim=0, num_blocks=num_blocks)
+    bias = None if module.bias is None else bias_shard.take(module.bias.detach(), index, degree)
+    cut = ColumnParallelLinear(weight_shard.take(module.weight.detach(), index, degree), bias, group,
+                               shape.input_major)  # fmt: skip
+    _mark(cut.weight, weight_shard)
+    if cut.bias is not None:
+        _mark(cut.bias, bias_shard)
+    return cut
+
+
+def _row(
+    module: Any, shape: LinearShape, num_blocks: int, group: dist.ProcessGroup, index: int, degree: int
+) -> nn.Module:
+    shard = Shard(dim=0 if shape.input_major else 1, num_blocks=num_blocks)
+    bias = None if module.bias is None else module.bias.detach().clone()
+    cut = RowParallelLinear(shard.take(module.weight.detach(), index, degree), bias, group, shape.input_major)
+    _mark(cut.weight, shard)
+    return cut
+
+
+def _mark(parameter: nn.Parameter, shard: Shard) -> None:
+    parameter.tensor_shard = shard  # type: ignore[attr-defined]
+
+
+def cut_linear(
+    style: str, module: Any, *, num_blocks: int, group: dist.ProcessGroup, index: int, degree: int
+) -> nn.Module:
+    """This rank's part of a linear layer, in a style of `STYLES`; what was frozen stays frozen."""
+    shape = linear_shape(module)
+    assert shape is not None, module
+    part = STYLES[style](module, shape, num_blocks, group, index, degree)
+    for name, parameter in part.named_parameters():
+        parameter.requires_grad_(getattr(module, name).requires_grad)
+    return part
+
+
+STYLES: dict[str, Style] = {"column": _column, "row": _row}

@@ -1,0 +1,209 @@
+"""Watch the ops of a step below autograd and hand them to a `TraceBuilder`.
+
+Every op is seen once, after composite ops have been taken apart. Dependencies follow storages: a view reads and
+writes its part of the storage it shares. Scopes of `record_function` tell the phase, module hooks the module; a
+backward op belongs to the module whose forward made its autograd node.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from meshloom.chakra import cost
+from meshloom.chakra.build import Region, TraceBuilder
+from meshloom.chakra.trace import CommType
+from meshloom.errors import PlanError
+from meshloom.model.step import PHASE
+
+
+class Group(NamedTuple):
+    """The ranks of a process group and the axis of the plan that it lies along."""
+
+    ranks: tuple[int, ...]
+    axis: str
+
+
+# op -> what it is, and where its input tensors stand among the arguments; the output is what it returns or changes
+_COLLECTIVES: dict[str, tuple[CommType, int]] = {
+    "_c10d_functional::all_reduce": (CommType.ALL_REDUCE, 0),
+    "_c10d_functional::all_reduce_": (CommType.ALL_REDUCE, 0),
+    "_c10d_functional::all_gather_into_tensor": (CommType.ALL_GATHER, 0),
+    "_c10d_functional::reduce_scatter_tensor": (CommType.REDUCE_SCATTER, 0),
+    "_c10d_functional::all_to_all_single": (CommType.ALL_TO_ALL, 0),
+    "_c10d_functional::broadcast": (CommType.BROADCAST, 0),
+    "c10d::allreduce_": (CommType.ALL_REDUCE, 0),
+    "c10d::broadcast_": (CommType.BROADCAST, 0),
+    "c10d::_allgather_base_": (CommType.ALL_GATHER, 1),
+    "c10d::_reduce_scatter_base_": (CommType.REDUCE_SCATTER, 1),
+}
+
+
+class StepWatcher(TorchDispatchMode):
+    """Hands every op that runs within it to `builder`; `groups` names each process group's ranks and axis."""
+
+    def __init__(self, builder: TraceBuilder, groups: Mapping[str, Group], paths: Mapping[int, str]) -> None:
+        super().__init__()
+        self._builder = builder
+        self._groups = groups
+        self._paths = paths
+        self._scopes: list[str] = []
+        self._modules: list[str] = []
+        self._made_in: tuple[list[int], list[str]] = ([], [])  # autograd sequence number from which -> module
+        self._storages: dict[int, tuple[StorageWeakRef, Hashable]] = {}
+        self._num_storages = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within this, ops and modules are seen."""
+        handles = [module_hooks.register_module_forward_pre_hook(self._enter_module),
+                   module_hooks.register_module_forward_hook(self._leave_module)]  # fmt: skip
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self._modules.append(self._paths.get(id(module), self._modules[-1] if self._modules else ""))
+        self._note_module()
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._modules.pop()
+        self._note_module()
+
+    def _note_module(self) -> None:
+        numbers, modules = self._made_in
+        numbers.append(torch.autograd._get_sequence_nr())
+        modules.append(self._modules[-1] if self._modules else "")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name == "profiler::_record_function_enter_new":
+            self._scopes.append(args[0])
+        elif name == "profiler::_record_function_exit":
+            self._scopes.pop()
+        out = func(*args, **kwargs)
+        if func.namespace in ("profiler", "prim"):
+            return out
+        if name == "_c10d_functional::wait_tensor":
+            # On fake tensors this returns other memory; in truth it is the same.
+            self._alias(out, args[0])
+        elif name in _COLLECTIVES:
+            self._communicate(name, args, kwargs, out)
+        elif func.namespace in ("c10d", "_c10d_functional"):
+            raise PlanError(f"{name} is a collective that synthesis does not know")
+        else:
+            self._compute(name, func, args, kwargs, out)
+        return out
+
+    def _attrs(self) -> dict[str, Any]:
+        phase = next((scope.removeprefix(PHASE) for scope in reversed(self._scopes) if scope.startswith(PHASE)), "")
+        module = self._modules[-1] if self._modules else ""
+        node = torch._C._current_autograd_node()
+        if phase == "backward" and node is not None:
+            numbers, modules = self._made_in
+            place = bisect_right(numbers, node._sequence_nr()) - 1
+            module = modules[place] if place >= 0 else ""
+        return {"phase": phase, "module": module}
+
+    def _compute(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in _changed(func._schema, args, kwargs):
+            if not any(tensor is output for output in outputs):
+                outputs.append(tensor)
+        work = cost.cost(name, [_shape(tensor) for tensor in inputs], [_shape(tensor) for tensor in outputs])
+        if work.op_class == "host":
+            return
+        self._builder.compute(
+            name,
+            cost=work,
+            inputs=[_shape(tensor) for tensor in inputs],
+            outputs=[_shape(tensor) for tensor in outputs],
+            reads=[self._region(tensor) for tensor in inputs],
+            writes=[self._region(tensor) for tensor in outputs],
+            lane="compute",
+            dtype=_dtype(outputs or inputs),
+            **self._attrs(),
+        )
+
+    def _communicate(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        comm_type, source = _COLLECTIVES[name]
+        sent = [leaf for leaf in tree_leaves(args[source]) if isinstance(leaf, Tensor)]
+        received = [leaf for leaf in tree_leaves(out if name.startswith("_c10d_f") else args[0])
+                    if isinstance(leaf, Tensor)]  # fmt: skip
+        group = self._groups[_group_name(args, kwargs)]
+        reduction = next((arg for arg in args[1:] if isinstance(arg, str) and arg in ("sum", "avg", "min", "max")), "")
+        self._builder.collective(
+            name,
+            comm_type=comm_type,
+            ranks=group.ranks,
+            axis=group.axis,
+            num_bytes=sum(_shape(tensor).num_bytes for tensor in sent),
+            output_bytes=sum(_shape(tensor).num_bytes for tensor in received),
+            dtype=_dtype(sent),
+            reduction=reduction or ("sum" if "reduce" in name else ""),
+            reads=[self._region(tensor) for tensor in sent],
+            writes=[self._region(tensor) for tensor in received],
+            **self._attrs(),
+        )
+
+    def _region(self, tensor: Tensor) -> Region:
+        begin = tensor.storage_offset() * tensor.itemsize
+        if not tensor.numel():
+            return Region(self._storage(tensor), begin, begin)
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        return Region(self._storage(tensor), begin, begin + extent * tensor.itemsize)
+
+    def _storage(self, tensor: Tensor) -> Hashable:
+        """A key of the tensor's storage; an address that is used again after its storage died gets another key."""
+        storage = tensor.untyped_storage()
+        known = self._storages.get(storage._cdata)
+        if known is None or known[0].expired():
+            self._num_storages += 1
+            known = StorageWeakRef(storage), self._num_storages
+            self._storages[storage._cdata] = known
+        return known[1]
+
+    def _alias(self, tensor: Tensor, of: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._storages[storage._cdata] = StorageWeakRef(storage), self._storage(of)
+
+
+def _shape(tensor: Tensor) -> cost.Tensor:
+    return cost.Tensor(tuple(tensor.shape), tensor.itemsize)
+
+
+def _dtype(tensors: list[Tensor]) -> str:
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+
+
+def _changed(schema: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that the op changes in place, as its schema says."""
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _group_name(args: Any, kwargs: Any) -> str:
+    """The group's name: functional collectives take it as their last text, c10d ops take the group itself."""
+    for arg in (*reversed(list(kwargs.values())), *reversed(args)):
+        if isinstance(arg, str):
+            return arg
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+            return str(dist.ProcessGroup.unbox(arg).group_name)
+    raise AssertionError("a collective without a group")

@@ -1,0 +1,63 @@
+"""What a run reports while it runs: a line or bar on the terminal, and one JSON line a step in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Shows and stores each step's loss and speed; on ranks other than 0 it does nothing."""
+
+    def __init__(self, folder: Path, *, max_steps: int, tokens_per_step: int, show: bool) -> None:
+        self._show = show
+        self._max_steps = max_steps
+        self._tokens_per_step = tokens_per_step
+        self._path = folder / "metrics.jsonl"
+        self._file: IO[str] | None = None
+        self._console = Console(file=sys.stdout)
+        self._last_ns = 0
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Reporter:
+        if self._show:
+            self._file = self._path.open("w", encoding="utf-8", buffering=1)
+            if self._console.is_terminal:
+                self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+                                          TextColumn("{task.description}"), TimeRemainingColumn(),
+                                          console=self._console)  # fmt: skip
+                self._progress.start()
+                self._task = self._progress.add_task("", total=self._max_steps)
+        self._last_ns = time.perf_counter_ns()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def step(self, step: int, loss: float, *, recorded: bool) -> None:
+        """Report step `step` (counted from 0), whose mean loss over all ranks is `loss`."""
+        now_ns = time.perf_counter_ns()
+        duration_ns, self._last_ns = now_ns - self._last_ns, now_ns
+        if self._file is None:
+            return
+        tokens_per_second = self._tokens_per_step / (duration_ns / 1e9)
+        self._file.write(json.dumps({"step": step, "loss": loss, "duration_ns": duration_ns,
+                                     "tokens_per_second": tokens_per_second, "recorded": recorded}) + "\n")  # fmt: skip
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s" + ("  (recorded)" if recorded else "")
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step + 1, description=text)
+        else:
+            self._console.print(f"step {step + 1}/{self._max_steps}  {text}", highlight=False)

@@ -1,0 +1,76 @@
+"""The run folder: made once, never reused, with what is needed to know what ran."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+import meshloom
+from meshloom.chakra.file import whole_file
+from meshloom.errors import FolderError
+from meshloom.plan import Plan
+
+
+def new_run(out: str | Path | None, *, model: str, plan: Plan) -> Path:
+    """Make an empty run folder and return it: `out`, or `runs/<model>.<plan>.<stamp>`; raises FolderError."""
+    if out is None:
+        name = Path(model).stem if model.endswith(".json") else Path(model).name
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = Path("runs") / f"{name}.{plan}.{stamp}"
+        for again in range(2, 100):  # two runs of one second must not share a folder
+            if not folder.exists():
+                break
+            folder = Path("runs") / f"{name}.{plan}.{stamp}-{again}"
+    else:
+        folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FolderError(f"{folder}: expected a new or empty folder, it holds files already; choose another --out")
+        (folder / "logs").mkdir()
+    except OSError as error:
+        raise FolderError(
+            f"{folder}: expected to make a folder here, got '{error.strerror}'; choose another --out"
+        ) from error
+    return folder
+
+
+def write_facts(folder: Path, *, config: Any, plan: Plan, command: dict[str, Any]) -> None:
+    """Write model.json (HF's config), plan.toml and run.json (state running)."""
+    with whole_file(folder / "model.json") as file:
+        file.write(config.to_json_string(use_diff=False).encode())
+    with whole_file(folder / "plan.toml") as file:
+        table = {"plan": str(plan), **plan.degrees, "world_size": plan.world_size,
+                 "num_micro_batches": plan.num_micro_batches}  # fmt: skip
+        file.write(tomli_w.dumps(table).encode())
+    facts = {
+        "state": "running",
+        "started": _now(),
+        "meshloom": meshloom.__version__,
+        "python": platform.python_version(),
+        "platform": sys.platform,
+        "command": command,
+    }
+    _write_json(folder / "run.json", facts)
+
+
+def set_state(folder: Path, state: str, **facts: Any) -> None:
+    """Set the state in run.json: finished, failed or stopped, with the time and `facts`."""
+    path = folder / "run.json"
+    _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "state": state, "ended": _now(), **facts})
+
+
+def _write_json(path: Path, table: dict[str, Any]) -> None:
+    with whole_file(path) as file:
+        file.write(json.dumps(table, indent=2, ensure_ascii=False).encode())
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), tz=timezone.utc).isoformat(timespec="seconds")
