@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from meshloom.errors import PlanError
 
@@ -52,7 +52,7 @@ class Plan:
     @classmethod
     def parse(cls, text: str) -> Plan:
         """The plan that `text` spells, such as `tp4.sp.pp2.dp8`; raises PlanError otherwise."""
-        degrees: dict[str, int] = {}
+        degrees: dict[str, Any] = {}
         sequence_parallel = False
         for term in text.strip().lower().split("."):
             if term == "sp":

@@ -78,8 +78,14 @@ class _Converter:
         self.notes = notes
         self.composite = set(notes.composite_ops)
         self.base_ns = ops[0].start_ns if ops else 0
-        self.builder = TraceBuilder(rank=notes.rank, world_size=notes.world_size, source="capture", step=notes.step,
-                                    step_duration_ns=notes.step_duration_ns, **notes.facts)  # fmt: skip
+        self.builder = TraceBuilder(
+            rank=notes.rank,
+            world_size=notes.world_size,
+            source="capture",
+            step=notes.step,
+            step_duration_ns=notes.step_duration_ns,
+            **notes.facts,
+        )
         self.nodes: list[int | None] = [None] * len(ops)  # op -> node
         self.inside_work = [False] * len(ops)
         self.labels: list[tuple[str, str]] = [("", "")] * len(ops)  # op -> (phase, module)
@@ -128,8 +134,13 @@ class _Converter:
 
     def _attrs(self, index: int, op: Op) -> dict[str, Any]:
         phase, module = self.labels[index]
-        return {"phase": phase, "module": module, "rf_id": op.rf_id, "thread": op.thread,
-                "start_ns": op.start_ns - self.base_ns}  # fmt: skip
+        return {
+            "phase": phase,
+            "module": module,
+            "rf_id": op.rf_id,
+            "thread": op.thread,
+            "start_ns": op.start_ns - self.base_ns,
+        }
 
     def _parent_node(self, op: Op) -> list[int]:
         while op.parent >= 0:
@@ -140,17 +151,27 @@ class _Converter:
         return []
 
     def _scope(self, index: int, op: Op) -> None:
-        self.nodes[index] = self.builder.compute(op.name, cost=_HOST, is_cpu_op=True, scope=True,
-                                                 after=self._parent_node(op), duration_ns=self.own_ns[index],
-                                                 **self._attrs(index, op))  # fmt: skip
+        self.nodes[index] = self.builder.compute(
+            op.name,
+            cost=_HOST,
+            is_cpu_op=True,
+            scope=True,
+            after=self._parent_node(op),
+            duration_ns=self.own_ns[index],
+            **self._attrs(index, op),
+        )
 
     def _work(self, op: Op) -> Cost:
         return cost(op.name, [_tensor(ref) for ref in self._inputs(op)], [_tensor(ref) for ref in _written(op)])
 
     def _inputs(self, op: Op) -> list[TensorRef]:
         """The op's input tensors without Python numbers, which reach an op as tensors () that nobody has written."""
-        return [ref for refs in op.inputs for ref in refs
-                if ref.shape or ref.dtype not in _NUMBER_DTYPES or ref.storage in self.written_storages]  # fmt: skip
+        return [
+            ref
+            for refs in op.inputs
+            for ref in refs
+            if ref.shape or ref.dtype not in _NUMBER_DTYPES or ref.storage in self.written_storages
+        ]
 
     def _compute(self, index: int, op: Op, work: Cost) -> None:
         inputs, written = self._inputs(op), _written(op)
@@ -182,9 +203,17 @@ class _Converter:
             source, destination = (self.notes.rank, peer) if name == "send" else (peer, self.notes.rank)
             regions = [_region(ref) for ref in refs]
             self.nodes[index] = self.builder.message(
-                op.name, source=source, destination=destination, tag=tag, num_bytes=_num_bytes(refs),
-                reads=regions if name == "send" else (), writes=() if name == "send" else regions, after=after,
-                duration_ns=event.duration_ns, **attrs)  # fmt: skip
+                op.name,
+                source=source,
+                destination=destination,
+                tag=tag,
+                num_bytes=_num_bytes(refs),
+                reads=regions if name == "send" else (),
+                writes=() if name == "send" else regions,
+                after=after,
+                duration_ns=event.duration_ns,
+                **attrs,
+            )
             return
         if name not in _COLLECTIVES:
             raise TraceError(f"rank {self.notes.rank}: {op.name} is a c10d op that the converter does not know")

@@ -94,8 +94,11 @@ def link(host: Path, device: Path) -> list[Op]:
     events = _decode(device, _KinetoTrace, "a Kineto trace").traceEvents
     if not trace.schema.startswith("1.1"):
         raise TraceError(f"{host}: expected schema 1.1.x of PyTorch's execution trace, got {trace.schema!r}")
-    by_id = {int(event.args["Record function id"]): event for event in events
-             if event.ph == "X" and "Record function id" in event.args}  # fmt: skip
+    by_id = {
+        int(event.args["Record function id"]): event
+        for event in events
+        if event.ph == "X" and "Record function id" in event.args
+    }
     ops = []
     unmatched = []
     for node in trace.nodes:
@@ -110,10 +113,20 @@ def link(host: Path, device: Path) -> list[Op]:
         sequence = int(attrs.get("seq_id", -1))
         if sequence < 0:  # scopes of the autograd engine have theirs in the device file only
             sequence = int(event.args.get("Sequence number", -1))
-        ops.append(Op(rf_id=rf_id, name=node.name, schema=str(attrs.get("op_schema", "")), thread=int(event.tid),
-                      start_ns=round(event.ts * 1000), duration_ns=round(event.dur * 1000), inputs=values,
-                      scalars=scalars, sequence=sequence,
-                      outputs=[ref for refs in _arguments(node.outputs)[0] for ref in refs]))  # fmt: skip
+        ops.append(
+            Op(
+                rf_id=rf_id,
+                name=node.name,
+                schema=str(attrs.get("op_schema", "")),
+                thread=int(event.tid),
+                start_ns=round(event.ts * 1000),
+                duration_ns=round(event.dur * 1000),
+                inputs=values,
+                scalars=scalars,
+                sequence=sequence,
+                outputs=[ref for refs in _arguments(node.outputs)[0] for ref in refs],
+            )
+        )
     if unmatched:
         raise TraceError(
             f"{host}: expected each of its {len(ops) + len(unmatched)} ops in {device.name}, "
@@ -179,11 +192,26 @@ def _ref(value: list[Any], shape: Any, strides: Any, dtype: str) -> TensorRef:
     extent = num_elements
     if isinstance(strides, list) and len(strides) == len(dims) and num_elements:
         extent = 1 + sum((dim - 1) * stride for dim, stride in zip(dims, strides))
-    return TensorRef(storage=storage, begin=offset * itemsize, end=(offset + extent) * itemsize, shape=dims,
-                     itemsize=itemsize, dtype=_DTYPES.get(dtype, dtype))  # fmt: skip
+    return TensorRef(
+        storage=storage,
+        begin=offset * itemsize,
+        end=(offset + extent) * itemsize,
+        shape=dims,
+        itemsize=itemsize,
+        dtype=_DTYPES.get(dtype, dtype),
+    )
 
 
 # What the host trace calls element types -> what everyone else does.
-_DTYPES = {"float": "float32", "double": "float64", "c10::Half": "float16", "c10::BFloat16": "bfloat16",
-           "long int": "int64", "long": "int64", "int": "int32", "short int": "int16", "signed char": "int8",
-           "unsigned char": "uint8"}  # fmt: skip
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "c10::Half": "float16",
+    "c10::BFloat16": "bfloat16",
+    "long int": "int64",
+    "long": "int64",
+    "int": "int32",
+    "short int": "int16",
+    "signed char": "int8",
+    "unsigned char": "uint8",
+}

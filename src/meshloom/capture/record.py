@@ -106,8 +106,7 @@ def _module_scopes(paths: Mapping[int, str]) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         scopes.pop().__exit__(None, None, None)
 
-    handles = [module_hooks.register_module_forward_pre_hook(enter),
-               module_hooks.register_module_forward_hook(leave)]  # fmt: skip
+    handles = [module_hooks.register_module_forward_pre_hook(enter), module_hooks.register_module_forward_hook(leave)]
     try:
         yield
     finally:
@@ -132,8 +131,11 @@ def _next_record() -> int:
 
 def _collectives(first: int) -> list[tuple[str, str]]:
     """(operation, group name) of each collective since record number `first`, in order."""
-    return [(entry["profiling_name"].partition(":")[2], entry["process_group"][0]) for entry in _flight_record()
-            if entry["record_id"] >= first and not entry["is_p2p"]]  # fmt: skip
+    return [
+        (entry["profiling_name"].partition(":")[2], entry["process_group"][0])
+        for entry in _flight_record()
+        if entry["record_id"] >= first and not entry["is_p2p"]
+    ]
 
 
 def _groups(world_size: int) -> dict[str, list[int]]:

@@ -46,8 +46,13 @@ class TraceBuilder:
         self.rank = rank
         self.world_size = world_size
         facts = {name: value for name, value in facts.items() if value is not None}
-        self._facts = {"source": source, "rank": rank, "world_size": world_size, **facts,
-                       "meshloom_version": meshloom.__version__}  # fmt: skip
+        self._facts = {
+            "source": source,
+            "rank": rank,
+            "world_size": world_size,
+            **facts,
+            "meshloom_version": meshloom.__version__,
+        }
         self._nodes: list[Node] = []
         self._writers: dict[Hashable, list[tuple[int, int, int]]] = {}  # storage -> (begin, end, node)
         self._lanes: dict[Lane, int] = {}
@@ -136,8 +141,14 @@ class TraceBuilder:
         **attrs: Any,
     ) -> int:
         """Add a send (if this rank is the source) or a receive and return its id."""
-        attrs = {"is_cpu_op": False, "comm_size": num_bytes, "comm_src": source, "comm_dst": destination,
-                 "comm_tag": tag, **attrs}  # fmt: skip
+        attrs = {
+            "is_cpu_op": False,
+            "comm_size": num_bytes,
+            "comm_src": source,
+            "comm_dst": destination,
+            "comm_tag": tag,
+            **attrs,
+        }
         kind = NodeType.COMM_SEND if source == self.rank else NodeType.COMM_RECV
         lane = ("messages", kind, source, destination)
         return self._add(name, kind, reads, writes, lane, after, start_ns, duration_ns, attrs)
@@ -175,9 +186,18 @@ class TraceBuilder:
             self._lanes[lane] = node
         for dependency in data:
             control.pop(dependency, None)
-        self._nodes.append(Node(id=node, name=name, type=kind, data_deps=list(data), ctrl_deps=list(control),
-                                start_ns=start_ns, duration_ns=duration_ns,
-                                attrs={name: value for name, value in attrs.items() if value != ""}))  # fmt: skip
+        self._nodes.append(
+            Node(
+                id=node,
+                name=name,
+                type=kind,
+                data_deps=list(data),
+                ctrl_deps=list(control),
+                start_ns=start_ns,
+                duration_ns=duration_ns,
+                attrs={name: value for name, value in attrs.items() if value != ""},
+            )
+        )
         return node
 
 

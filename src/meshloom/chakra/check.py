@@ -99,8 +99,14 @@ def acyclic(trace: Trace) -> Iterator[Finding]:
                 ready.append(successor)
     if waiting:
         cycle = _one_cycle(needs, waiting)
-        yield _error(trace, "cycle", cycle[0], f"{len(waiting)} nodes lie on or behind a cycle; one is "
-                     + " -> ".join(map(str, cycle[:12])) + (" -> …" if len(cycle) > 12 else ""))  # fmt: skip
+        yield _error(
+            trace,
+            "cycle",
+            cycle[0],
+            f"{len(waiting)} nodes lie on or behind a cycle; one is "
+            + " -> ".join(map(str, cycle[:12]))
+            + (" -> …" if len(cycle) > 12 else ""),
+        )
 
 
 def _one_cycle(needs: Mapping[int, list[int]], stuck: Mapping[int, int]) -> list[int]:
@@ -232,13 +238,12 @@ def messages_match(traces: Mapping[int, Trace]) -> Iterator[Finding]:
         for index in range(max(len(sends), len(receives))):
             send, receive = (end[index] if index < len(end) else None for end in (sends, receives))
             if send is None or receive is None or send[1].get("comm_size") != receive[1].get("comm_size"):
-                rank, node = send or receive or (0, None)
                 sizes = [f"{end[1].get('comm_size')} bytes" if end else "nothing" for end in (send, receive)]
                 yield Finding(
                     code="unmatched-message",
                     severity="error",
-                    rank=rank,
-                    node=node.id if node else None,
+                    rank=(send or receive or sends[0])[0],
+                    node=(send or receive or sends[0])[1].id,
                     message=f"message {index} from rank {source} to {destination}, tag {tag}: sends "
                     f"{sizes[0]}, receives {sizes[1]}",
                 )

@@ -64,13 +64,81 @@ _ATTENTION = {"forward": 2, "backward": 5}
 
 # Ops that move no tensor data: they return another view, or memory that nobody has written.
 HOST_OPS = frozenset(
-    ["aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::as_strided", "aten::t", "aten::transpose", "aten::permute", "aten::expand", "aten::slice", "aten::select", "aten::narrow", "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::squeeze", "aten::unsqueeze", "aten::detach", "aten::alias", "aten::lift_fresh", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided", "aten::result_type", "aten::resolve_conj", "aten::resolve_neg", "aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::numpy_T", "aten::unflatten", "aten::view_as", "aten::set_", "aten::resize_", "aten::contiguous", "aten::to", "aten::is_pinned", "aten::record_stream", "aten::diagonal", "aten::movedim", "aten::_conj", "aten::real", "aten::imag", "aten::view_as_real", "aten::view_as_complex", "aten::swapaxes", "aten::expand_as", "aten::flatten", "aten::_nested_tensor_size", "detach", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"]
+    [
+        "aten::view",
+        "aten::_unsafe_view",
+        "aten::reshape",
+        "aten::_reshape_alias",
+        "aten::as_strided",
+        "aten::t",
+        "aten::transpose",
+        "aten::permute",
+        "aten::expand",
+        "aten::slice",
+        "aten::select",
+        "aten::narrow",
+        "aten::split",
+        "aten::split_with_sizes",
+        "aten::chunk",
+        "aten::unbind",
+        "aten::squeeze",
+        "aten::unsqueeze",
+        "aten::detach",
+        "aten::alias",
+        "aten::lift_fresh",
+        "aten::empty",
+        "aten::empty_like",
+        "aten::empty_strided",
+        "aten::new_empty",
+        "aten::new_empty_strided",
+        "aten::result_type",
+        "aten::resolve_conj",
+        "aten::resolve_neg",
+        "aten::item",
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::numpy_T",
+        "aten::unflatten",
+        "aten::view_as",
+        "aten::set_",
+        "aten::resize_",
+        "aten::contiguous",
+        "aten::to",
+        "aten::is_pinned",
+        "aten::record_stream",
+        "aten::diagonal",
+        "aten::movedim",
+        "aten::_conj",
+        "aten::real",
+        "aten::imag",
+        "aten::view_as_real",
+        "aten::view_as_complex",
+        "aten::swapaxes",
+        "aten::expand_as",
+        "aten::flatten",
+        "aten::_nested_tensor_size",
+        "detach",
+        "_c10d_functional::wait_tensor",
+        "_c10d_functional::_wrap_tensor_autograd",
+    ]
 )
 
 # Ops that read only as many rows of their first input as they write, and ops that only write.
 _GATHERS = frozenset(("aten::embedding", "aten::index_select", "aten::gather", "aten::index"))
-_FILLS = frozenset(("aten::zeros", "aten::ones", "aten::full", "aten::fill_", "aten::zero_", "aten::arange",
-                    "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::scalar_tensor"))  # fmt: skip
+_FILLS = frozenset(
+    (
+        "aten::zeros",
+        "aten::ones",
+        "aten::full",
+        "aten::fill_",
+        "aten::zero_",
+        "aten::arange",
+        "aten::zeros_like",
+        "aten::ones_like",
+        "aten::full_like",
+        "aten::scalar_tensor",
+    )
+)
 
 
 def cost(op: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Cost:

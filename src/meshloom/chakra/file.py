@@ -10,16 +10,17 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from google.protobuf.message import DecodeError
 
-from meshloom.chakra import et_def_pb2
+from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra.trace import ATTRIBUTES, Kind, Node, NodeType, Trace, Typed
 from meshloom.errors import FolderError, TraceError
 
+et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
 _MAX_MESSAGE = 1 << 30  # a length beyond this is a broken file, not a node
 
 
@@ -38,7 +39,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise FolderError(f"{path}: expected to write here, got '{error.strerror}'; choose another folder") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong is told already
+            part.unlink(missing_ok=True)
 
 
 def write(trace: Trace, path: str | Path) -> Path:
@@ -147,9 +149,15 @@ def _encode(trace: Trace) -> Iterable[Any]:
     yield meta
     for node in trace.nodes:
         # micros are for others: start rounded down, duration up, so that nothing measured becomes 0
-        message = et_def_pb2.Node(id=node.id, name=node.name, type=int(node.type), ctrl_deps=node.ctrl_deps,
-                                  data_deps=node.data_deps, start_time_micros=node.start_ns // 1000,
-                                  duration_micros=-(-node.duration_ns // 1000))  # fmt: skip
+        message = et_def_pb2.Node(
+            id=node.id,
+            name=node.name,
+            type=int(node.type),
+            ctrl_deps=node.ctrl_deps,
+            data_deps=node.data_deps,
+            start_time_micros=node.start_ns // 1000,
+            duration_micros=-(-node.duration_ns // 1000),
+        )
         for field, info in (("inputs", node.inputs), ("outputs", node.outputs)):
             if info is not None:
                 io = getattr(message, field)

@@ -69,8 +69,13 @@ def _shares(rank: int, spans: list[Span], makespan_ns: int) -> Shares:
     compute = _covered([span for span in spans if span.track == "compute"])
     communication = _covered([span for span in spans if span.track == "communication"])
     busy = _covered(spans)
-    return Shares(rank=rank, compute_ns=compute, exposed_communication_ns=busy - compute,
-                  idle_ns=makespan_ns - busy, communication_ns=communication)  # fmt: skip
+    return Shares(
+        rank=rank,
+        compute_ns=compute,
+        exposed_communication_ns=busy - compute,
+        idle_ns=makespan_ns - busy,
+        communication_ns=communication,
+    )
 
 
 def _covered(spans: list[Span]) -> int:

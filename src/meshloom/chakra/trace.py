@@ -42,8 +42,23 @@ class CommType(IntEnum):
     BARRIER = 9
 
 
-Kind = Literal["double", "float", "int32", "int64", "uint32", "uint64", "sint32", "sint64", "fixed32", "fixed64",
-               "sfixed32", "sfixed64", "bool", "string", "bytes"]  # fmt: skip
+Kind = Literal[
+    "double",
+    "float",
+    "int32",
+    "int64",
+    "uint32",
+    "uint64",
+    "sint32",
+    "sint64",
+    "fixed32",
+    "fixed64",
+    "sfixed32",
+    "sfixed64",
+    "bool",
+    "string",
+    "bytes",
+]
 
 
 class Attribute(NamedTuple):

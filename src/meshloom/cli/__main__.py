@@ -1,4 +1,7 @@
-"""`meshloom`: commands are loaded when they are called, so that help needs no torch. Mistakes are one line, exit code 2."""
+"""`meshloom`: commands are loaded when they are called, so that help needs no torch.
+
+A mistake is one line and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +33,18 @@ class _Lazy(click.Group):
     """A group that imports a command's module only when the command runs or its own help is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of use, not of the alphabet."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command, imported now."""
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"meshloom.cli.{name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table of `COMMANDS`, so that help imports nothing."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 

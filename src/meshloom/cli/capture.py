@@ -25,6 +25,10 @@ def command(folder: str) -> None:
         raise TraceError(f"{where}: expected a folder with rank<r>.host.json, as `meshloom train --trace` leaves it")
     for host in hosts:
         name = host.name.removesuffix(".host.json")
-        out = convert_rank(host, host.with_name(f"{name}.device.json"), host.with_name(f"{name}.notes.json"),
-                           host.with_name(f"{name}.et"))  # fmt: skip
+        out = convert_rank(
+            host,
+            host.with_name(f"{name}.device.json"),
+            host.with_name(f"{name}.notes.json"),
+            host.with_name(f"{name}.et"),
+        )
         click.echo(str(out))

@@ -28,6 +28,8 @@ def command(where: str, as_json: bool) -> int:
             click.echo(str(finding))
         num_nodes = sum(len(trace.nodes) for trace in traces.values())
         num_comm = sum(node.is_comm for trace in traces.values() for node in trace.nodes)
-        click.echo(f"{len(traces)} rank{'s' * (len(traces) > 1)}, {num_nodes:,} nodes, {num_comm:,} of them "
-                   f"communication: {len(findings) or 'no'} fault{'s' * (len(findings) != 1)}")  # fmt: skip
+        click.echo(
+            f"{len(traces)} rank{'s' * (len(traces) > 1)}, {num_nodes:,} nodes, {num_comm:,} of them "
+            f"communication: {len(findings) or 'no'} fault{'s' * (len(findings) != 1)}"
+        )
     return 1 if any(finding.severity == "error" for finding in findings) else 0

@@ -31,10 +31,25 @@ def command(out: str | None, max_steps: int, synth_plan: str, cluster: str) -> N
     """
     begin = time.monotonic()
     click.echo("1. train on two ranks, record one step on each")
-    folder = train_command.train(model="gpt2-tiny", data="sample", tokenizer="bytes", plan="dp2", max_steps=max_steps,
-                                 batch_size=4, gradient_accumulation=1, seq_length=128, learning_rate=2e-3,
-                                 weight_decay=0.1, max_grad_norm=1.0, seed=0, objective=None, device="auto", out=out,
-                                 trace=True, trace_step=None)  # fmt: skip
+    folder = train_command.train(
+        model="gpt2-tiny",
+        data="sample",
+        tokenizer="bytes",
+        plan="dp2",
+        max_steps=max_steps,
+        batch_size=4,
+        gradient_accumulation=1,
+        seq_length=128,
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        seed=0,
+        objective=None,
+        device="auto",
+        out=out,
+        trace=True,
+        trace_step=None,
+    )
     assert folder is not None
     result = train_command.outcome(folder)
     click.echo(f"   loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}")
@@ -42,8 +57,15 @@ def command(out: str | None, max_steps: int, synth_plan: str, cluster: str) -> N
     _check(folder / "trace")
     click.echo(f"3. synthesise the same model on {synth_plan}: no processes")
     synth_folder = folder / f"synth.{synth_plan}"
-    files, num_nodes = synth_command.synth(model="gpt2-tiny", plan=synth_plan, micro_batch=4, gradient_accumulation=1,
-                                           seq_length=128, objective=None, out=synth_folder)  # fmt: skip
+    files, num_nodes = synth_command.synth(
+        model="gpt2-tiny",
+        plan=synth_plan,
+        micro_batch=4,
+        gradient_accumulation=1,
+        seq_length=128,
+        objective=None,
+        out=synth_folder,
+    )
     click.echo(f"   {len(files)} traces of {num_nodes:,} nodes each")
     _check(synth_folder)
     click.echo("4. simulate both")

@@ -28,8 +28,9 @@ def command(where: str, as_json: bool) -> None:
         click.echo(msgspec.json.encode(facts).decode())
         return
     for rank, told in facts.items():
-        click.echo(f"rank {rank}: " + ", ".join(f"{name} {value}" for name, value in told["file"].items()
-                                                if name != "rank"))  # fmt: skip
+        click.echo(
+            f"rank {rank}: " + ", ".join(f"{name} {value}" for name, value in told["file"].items() if name != "rank")
+        )
         click.echo(f"  {told['num_nodes']:,} nodes, {told['flops']:,} FLOP, {told['bytes']:,} bytes moved")
         click.echo("  ops by phase: " + ", ".join(f"{phase} {count:,}" for phase, count in told["phases"].items()))
         for name, row in told["communication"].items():

@@ -61,6 +61,8 @@ def shares(timeline: Timeline) -> dict[str, Any]:
 def sentence(timeline: Timeline) -> str:
     """Step time and shares in one line."""
     told = shares(timeline)
-    return (f"predicted on {told['cluster']}: step {told['step_time_ns'] / 1e6:.3f} ms on {told['world_size']} "
-            f"rank{'s' * (told['world_size'] > 1)}; compute {told['compute_share']:.1%}, exposed communication "
-            f"{told['exposed_communication_share']:.1%}, idle {told['idle_share']:.1%}")  # fmt: skip
+    return (
+        f"predicted on {told['cluster']}: step {told['step_time_ns'] / 1e6:.3f} ms on {told['world_size']} "
+        f"rank{'s' * (told['world_size'] > 1)}; compute {told['compute_share']:.1%}, exposed communication "
+        f"{told['exposed_communication_share']:.1%}, idle {told['idle_share']:.1%}"
+    )

@@ -15,12 +15,16 @@ from meshloom.plan import Plan
 
 
 @click.command()
-@click.option("--model", required=True, help="A preset (gpt2, gpt2-tiny, bert-base-uncased), a config.json, a folder, "
-              "or a hub id.")  # fmt: skip
+@click.option(
+    "--model",
+    required=True,
+    help="A preset (gpt2, gpt2-tiny, bert-base-uncased), a config.json, a folder, or a hub id.",
+)
 @click.option("--plan", required=True, help="How the work is cut, such as tp2.dp4.")
 @click.option("--micro-batch", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")
-@click.option("--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1),
-              help="Micro-batches a step.")  # fmt: skip
+@click.option(
+    "--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1), help="Micro-batches a step."
+)
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
 @click.option("--out", required=True, help="The folder for rank<r>.et, new or empty.")
@@ -34,8 +38,11 @@ def command(as_json: bool, **options: Any) -> None:
     """
     files, num_nodes = synth(**options)
     result = {"folder": options["out"], "num_ranks": len(files), "nodes_per_rank": num_nodes}
-    click.echo(json.dumps(result) if as_json else
-               f"{len(files)} traces of {num_nodes:,} nodes each: {files[0]} … {files[-1].name}")  # fmt: skip
+    click.echo(
+        json.dumps(result)
+        if as_json
+        else f"{len(files)} traces of {num_nodes:,} nodes each: {files[0]} … {files[-1].name}"
+    )
 
 
 def synth(

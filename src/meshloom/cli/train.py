@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from meshloom.plan import Plan
 
 
 @click.command()
-@click.option("--model", required=True, help="A preset (gpt2, gpt2-tiny, bert-base-uncased), a config.json, a folder, "
-              "or a hub id. Weights start random.")  # fmt: skip
+@click.option(
+    "--model",
+    required=True,
+    help="A preset (gpt2, gpt2-tiny, bert-base-uncased), a config.json, a folder, or a hub id. Weights start random.",
+)
 @click.option("--data", required=True, help="A SQuAD file (.json, .json.gz), 'squad' for the hub's, 'sample' for ours.")
 @click.option("--tokenizer", help="A tokenizer folder, a hub id, or 'bytes'.  [default: that of --model]")
 @click.option("--plan", default="dp1", show_default=True, help="How the work is cut, such as dp2 or tp2.dp2.")
 @click.option("--max-steps", default=10, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
 @click.option("--batch-size", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")
-@click.option("--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1),
-              help="Micro-batches a step.")  # fmt: skip
+@click.option(
+    "--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1), help="Micro-batches a step."
+)
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
 @click.option("--learning-rate", default=5e-4, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--weight-decay", default=0.1, show_default=True, type=click.FloatRange(0))
@@ -55,34 +60,22 @@ def train(
     *,
     model: str,
     data: str,
-    tokenizer: str | None,
     plan: str,
-    max_steps: int,
-    batch_size: int,
-    gradient_accumulation: int,
-    seq_length: int,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    seed: int,
-    objective: str | None,
-    device: str,
     out: str | None,
-    trace: bool,
-    trace_step: int | None,
+    device: str = "auto",
+    trace: bool = False,
+    trace_step: int | None = None,
     as_json: bool = False,
+    **options: Any,
 ) -> Path | None:
     """Train as the command does and return the run folder; None on ranks of a torchrun other than 0."""
     cut = Plan.parse(plan)
+    max_steps = options["max_steps"]
     if trace_step is not None and trace_step > max_steps:
         raise UsageError(f"--trace-step {trace_step}: expected at most --max-steps, which is {max_steps}")
 
-    from dataclasses import replace
-
-    from meshloom.model.config import load_config, load_tokenizer, objective_of
     from meshloom.parallel.launch import run_ranks, world_from_environment
-    from meshloom.train.data import check_tokenizer, load_squad
-    from meshloom.train.loop import Job, check_job, train_rank
+    from meshloom.train.loop import check_job, train_rank
     from meshloom.train.runs import new_run, set_state, write_facts
 
     world = world_from_environment()
@@ -90,37 +83,21 @@ def train(
         cut.with_world_size(world[1])
         if out is None:
             raise UsageError("expected --out under torchrun, so that all ranks write to one folder")
-    config = load_config(model)
-    job = Job(
-        config=config,
-        objective=objective or objective_of(config),  # type: ignore[arg-type]
-        tokenizer=load_tokenizer(tokenizer or model),
-        documents=load_squad(data),
-        plan=replace(cut, num_micro_batches=gradient_accumulation),
-        max_steps=max_steps,
-        batch_size=batch_size,
-        seq_length=seq_length,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-    )
-    check_tokenizer(job.tokenizer, config, job.objective)
+    job = _job(model=model, data=data, plan=cut, **options)
     num_parameters = check_job(job, _free_memory() if world is None and device != "cuda" else None)
     is_first = world is None or world[0] == 0
     folder = new_run(out, model=model, plan=cut) if is_first else Path(str(out))
     recorded = (trace_step or min(3, max_steps)) - 1 if trace else None
     around = _recorder(folder, recorded, model, cut) if recorded is not None else None
-    command = {"model": model, "data": data, "tokenizer": tokenizer, "plan": str(job.plan), "max_steps": max_steps,
-               "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "seq_length": seq_length,
-               "learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-               "seed": seed, "trace": trace}  # fmt: skip
     if is_first:
-        write_facts(folder, config=config, plan=job.plan, command=command)
+        command = {"model": model, "data": data, "plan": plan, "trace": trace, **options}
+        write_facts(folder, config=job.config, plan=job.plan, command=command)
         if not as_json:
-            click.echo(f"{model}: {num_parameters:,} parameters, random weights, {job.objective} language model; "
-                       f"plan {cut} on {cut.world_size} rank{'s' * (cut.world_size > 1)}; {data}: "
-                       f"{len(job.documents):,} documents\nrun folder: {folder}")  # fmt: skip
+            click.echo(
+                f"{model}: {num_parameters:,} parameters, random weights, {job.objective} language model; plan {cut} "
+                f"on {cut.world_size} rank{'s' * (cut.world_size > 1)}; {data}: {len(job.documents):,} documents\n"
+                f"run folder: {folder}"
+            )
     arguments = (job, str(folder), device, around, not as_json)
     try:
         if world is None:
@@ -129,13 +106,41 @@ def train(
             train_rank(*arguments)
     except (MeshloomError, KeyboardInterrupt) as error:
         if is_first:
-            stopped = isinstance(error, KeyboardInterrupt)
-            set_state(folder, "stopped" if stopped else "failed", reason=str(error) or "interrupted")
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            set_state(folder, state, reason=str(error) or "interrupted")
         raise
     if not is_first:
         return None
     set_state(folder, "finished")
     return folder
+
+
+def _job(
+    *,
+    model: str,
+    data: str,
+    plan: Plan,
+    tokenizer: str | None,
+    objective: Any,
+    gradient_accumulation: int,
+    **numbers: Any,
+) -> Any:
+    """What is trained, found and checked before any process is started."""
+    from meshloom.model.config import load_config, load_tokenizer, objective_of
+    from meshloom.train.data import check_tokenizer, load_squad
+    from meshloom.train.loop import Job
+
+    config = load_config(model)
+    job = Job(
+        config=config,
+        objective=objective or objective_of(config),
+        tokenizer=load_tokenizer(tokenizer or model),
+        documents=load_squad(data),
+        plan=replace(plan, num_micro_batches=gradient_accumulation),
+        **numbers,
+    )
+    check_tokenizer(job.tokenizer, config, job.objective)
+    return job
 
 
 def _recorder(folder: Path, step: int, model_name: str, plan: Plan) -> Any:
@@ -145,8 +150,13 @@ def _recorder(folder: Path, step: int, model_name: str, plan: Plan) -> Any:
         from meshloom.capture.record import Recorder
         from meshloom.parallel.mesh import axis_groups
 
-        return Recorder(folder / "trace", step=step, model=model, axes=axis_groups(plan, mesh.rank),
-                        facts={"plan": str(plan), "model": model_name})  # fmt: skip
+        return Recorder(
+            folder / "trace",
+            step=step,
+            model=model,
+            axes=axis_groups(plan, mesh.rank),
+            facts={"plan": str(plan), "model": model_name},
+        )
 
     return make
 

@@ -88,8 +88,11 @@ def from_table(kind: type[T], table: dict[str, Any], where: str) -> T:
     unknown = [key for key in table if key not in known]
     if unknown:
         raise HardwareError(f"{where}: expected keys {', '.join(known)}, got {unknown[0]!r}")
-    missing = [name for name, item in known.items()
-               if name not in table and item.default is MISSING and item.default_factory is MISSING]  # fmt: skip
+    missing = [
+        name
+        for name, item in known.items()
+        if name not in table and item.default is MISSING and item.default_factory is MISSING
+    ]
     if missing:
         raise HardwareError(f"{where}: expected the key {missing[0]!r}, which is missing")
     for name, value in table.items():

@@ -21,8 +21,14 @@ from meshloom.errors import DataError, ModelError, OfflineError
 
 Objective = Literal["causal", "masked"]
 
-_SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]",
-            "mask_token": "[MASK]", "unk_token": "[UNK]"}  # fmt: skip
+_SPECIAL = {
+    "eos_token": "<|endoftext|>",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+    "unk_token": "[UNK]",
+}
 
 
 def presets() -> list[str]:
@@ -32,7 +38,10 @@ def presets() -> list[str]:
 
 
 def load_config(model: str) -> Any:
-    """The HF config of a preset, a config.json, a folder that holds one, or a hub id; raises ModelError, OfflineError."""
+    """The HF config of a preset, a config.json, a folder that holds one, or a hub id.
+
+    Raises ModelError, OfflineError.
+    """
     if model in presets():
         text = (resources.files("meshloom.model") / "presets" / f"{model}.json").read_text(encoding="utf-8")
         return _from_json(text, model)

@@ -33,8 +33,9 @@ def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: floa
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     # The learning rate is a number, not a tensor: the fused kernel then needs no copy of it to the device.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95),
-                             fused=True)  # fmt: skip
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True
+    )
 
 
 def train_step(
@@ -56,7 +57,7 @@ def train_step(
             with phase("forward"):
                 loss: Tensor = model(**batch).loss / len(micro_batches)
             with phase("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
         losses.append(loss.detach())
     with phase("optimizer"):
         if max_grad_norm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -92,9 +92,9 @@ def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 
     Cut parameters are summed over the tensor-parallel group, whole ones counted once.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    cut = [parameter.grad for parameter in parameters if shard_of(parameter) is not None]
-    whole = [parameter.grad for parameter in parameters if shard_of(parameter) is None]
+    gradients = [(parameter.grad, shard_of(parameter)) for parameter in model.parameters()]
+    cut = [grad for grad, shard in gradients if grad is not None and shard is not None]
+    whole = [grad for grad, shard in gradients if grad is not None and shard is None]
     # torch.nn.utils.get_total_norm takes another road for fake tensors than for real ones; these ops do not.
     squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (whole, cut) if grads]
     if cut:
@@ -109,8 +109,14 @@ def _cut(model: nn.Module, pair: Pair, mesh: Mesh) -> None:
     degree, index, group = mesh.degree("tp"), mesh.index("tp"), mesh.groups["tp"]
     styles = {**dict.fromkeys(pair.columns, "column"), **dict.fromkeys(pair.rows, "row")}
     for path, style in styles.items():
-        part = cut_linear(style, model.get_submodule(path), num_blocks=pair.columns.get(path, 1), group=group,
-                          index=index, degree=degree)  # fmt: skip
+        part = cut_linear(
+            style,
+            model.get_submodule(path),
+            num_blocks=pair.columns.get(path, 1),
+            group=group,
+            index=index,
+            degree=degree,
+        )
         model.set_submodule(path, part)
 
 
@@ -123,7 +129,7 @@ def _divide_counts(model: nn.Module, pair: Pair, degree: int) -> None:
 def _owners(model: nn.Module, paths: list[str]) -> list[nn.Module]:
     """The innermost module that holds all the layers of a pair, and those between it and the layers."""
     parents = [path.split(".")[:-1] for path in paths]
-    depth = len(commonprefix(parents))  # type: ignore[type-var]
+    depth = len(list(takewhile(lambda names: len(set(names)) == 1, zip(*parents))))
     between = {".".join(parent[:end]) for parent in parents for end in range(depth, len(parent) + 1)}
     return [model.get_submodule(path) for path in sorted(between)]
 
@@ -134,5 +140,8 @@ def _counts(owner: nn.Module, pair: Pair) -> dict[str, Any]:
     The size of a single head is never cut, whatever number it happens to equal.
     """
     sizes = {pair.num_units, pair.width} if pair.num_units < pair.width else {pair.width}
-    return {name: value for name, value in vars(owner).items()
-            if type(value) is int and value in sizes and not name.endswith(("head_dim", "head_size"))}  # fmt: skip
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if type(value) is int and value in sizes and not name.endswith(("head_dim", "head_size"))
+    }

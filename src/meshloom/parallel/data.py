@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _DEFAULT_FIRST_BUCKET_BYTES, _compute_bucket_assignment_by_size
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +23,7 @@ from meshloom.parallel.mesh import Mesh
 
 # What DistributedDataParallel uses when it is not told otherwise: a small first bucket, so that the first
 # all-reduce starts early, then 25 MiB.
-_BUCKET_BYTES = (int(dist._DEFAULT_FIRST_BUCKET_BYTES), 25 * 1024 * 1024)
+_BUCKET_BYTES = (int(_DEFAULT_FIRST_BUCKET_BYTES), 25 * 1024 * 1024)
 
 
 def data_parallel(model: nn.Module, mesh: Mesh) -> nn.Module:
@@ -36,13 +37,14 @@ def data_parallel(model: nn.Module, mesh: Mesh) -> nn.Module:
     with warnings.catch_warnings():
         # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, device_ids=device_ids, process_group=group, broadcast_buffers=False,
-                                       gradient_as_bucket_view=True)  # fmt: skip
+        return DistributedDataParallel(
+            model, device_ids=device_ids, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 @contextmanager
 def synced_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
-    """Within this, backward averages gradients if `sync`; it only adds them up if not (all but the last micro-batch)."""
+    """Within this, backward averages gradients if `sync`; before the last micro-batch it only adds them up."""
     if sync or not isinstance(model, (DistributedDataParallel, ReducerTwin)):
         yield
     else:
@@ -62,7 +64,7 @@ class ReducerTwin(nn.Module):
         self.module = module
         self._group = group
         self._sync = True
-        self._parameters_in_order = [p for p in reversed(list(module.parameters())) if p.requires_grad]
+        self._parameters_in_order: list[Tensor] = [p for p in reversed(list(module.parameters())) if p.requires_grad]
         self._buckets = [list(range(len(self._parameters_in_order)))]
         self._ready: list[Tensor] = []
         self._flat: dict[int, Tensor] = {}
@@ -117,7 +119,7 @@ class ReducerTwin(nn.Module):
             work.wait()
         if not self._rebuilt:
             self._parameters_in_order = list(self._ready)
-            buckets, _ = dist._compute_bucket_assignment_by_size(self._ready, list(_BUCKET_BYTES))
+            buckets, _ = _compute_bucket_assignment_by_size(self._ready, list(_BUCKET_BYTES))
             self._buckets = [list(bucket) for bucket in buckets]
             self._rebuilt = True
             self._flat = {}

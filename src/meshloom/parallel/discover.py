@@ -69,6 +69,7 @@ class _Trail:
     inside: int = 0  # how many linear layers are running: their own ops are theirs
 
     def lose(self, sources: Iterable[str], why: str) -> None:
+        """Note why the sources cannot be cut; the first reason stays."""
         for source in sources:
             self.lost.setdefault(source, why)
 
@@ -107,8 +108,9 @@ def run_fake(model: nn.Module, example: Mapping[str, Tensor], *modes: TorchDispa
         if not is_fake:
             tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             state = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-        batch = {name: value if isinstance(value, FakeTensor) else mode.from_tensor(value)
-                 for name, value in example.items()}  # fmt: skip
+        batch = {
+            name: value if isinstance(value, FakeTensor) else mode.from_tensor(value) for name, value in example.items()
+        }
         for other in modes:
             stack.enter_context(other)
         torch.func.functional_call(model, state, args=(), kwargs=batch)
@@ -144,7 +146,7 @@ class _Follow(TorchDispatchMode):
     """Carries each tensor's cut through every op."""
 
     def __init__(self, trail: _Trail) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trail = trail
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -301,14 +303,35 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "_reshape_alias"), _reshape),
     **dict.fromkeys(("t", "transpose", "permute"), _permute),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
-    **dict.fromkeys(("clone", "contiguous", "_to_copy", "detach", "alias", "native_dropout", "slice", "expand", "cat",
-                     "copy_", "lift_fresh"), _same_place),
+    **dict.fromkeys(
+        (
+            "clone",
+            "contiguous",
+            "_to_copy",
+            "detach",
+            "alias",
+            "native_dropout",
+            "slice",
+            "expand",
+            "cat",
+            "copy_",
+            "lift_fresh",
+        ),
+        _same_place,
+    ),
     **dict.fromkeys(("_softmax", "_log_softmax", "mean", "sum", "_safe_softmax"), _not_over(1)),
-    **dict.fromkeys(("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-                     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-                     "_scaled_dot_product_attention_math"), _attention),
+    **dict.fromkeys(
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_attention_math",
+        ),
+        _attention,
+    ),
     **dict.fromkeys(("bmm", "baddbmm"), _batched_product),
-}  # fmt: skip
+}
 
 
 def _pair(trail: _Trail, linears: Mapping[str, nn.Module]) -> Discovery:
@@ -336,9 +359,16 @@ def _pair(trail: _Trail, linears: Mapping[str, nn.Module]) -> Discovery:
         reason = f"all output features of {', '.join(columns)} end in the input features of {', '.join(members)}"
         pairs.append(Pair(columns=columns, rows=members, num_units=num_units, width=width, reason=reason))
     cut = {path for pair in pairs for path in (*pair.columns, *pair.rows)}
-    kept = {path: lost.get(path, "its output features feed no other linear layer" if path in trail.feeds else
-                           "the forward pass does not reach it")
-            for path in linears if path not in cut}  # fmt: skip
+    kept = {
+        path: lost.get(
+            path,
+            "its output features feed no other linear layer"
+            if path in trail.feeds
+            else "the forward pass does not reach it",
+        )
+        for path in linears
+        if path not in cut
+    }
     return Discovery(pairs=tuple(pairs), kept=kept)
 
 
@@ -348,6 +378,10 @@ def _joined(rows: Mapping[str, set[str]]) -> list[tuple[set[str], tuple[str, ...
     for row, sources in rows.items():
         together = [group for group in joined if group[0] & sources]
         joined = [group for group in joined if not group[0] & sources]
-        joined.append((sources.union(*(group[0] for group in together)),
-                       (*(member for group in together for member in group[1]), row)))  # fmt: skip
+        joined.append(
+            (
+                sources.union(*(group[0] for group in together)),
+                (*(member for group in together for member in group[1]), row),
+            )
+        )
     return joined

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -52,7 +53,10 @@ def run_ranks(function: Callable[..., None], *args: Any, num_ranks: int, log_dir
         nproc_per_node=num_ranks,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        # A store in a file, and rank 0 as the host of the one that ranks meet in: the agent must have no threads of
+        # C++ when it forks, because a lock that one of them holds just then stays locked in the child for ever.
+        rdzv_endpoint=str((log_dir / "rendezvous").absolute()),
+        rdzv_configs={"store_type": "file"},
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
@@ -61,6 +65,7 @@ def run_ranks(function: Callable[..., None], *args: Any, num_ranks: int, log_dir
     )
     # What the agent logs when a rank dies is told in one line below; the rest is for those who debug it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     sys.stdout.flush()
     try:
         elastic_launch(config, _rank)(function, args, os.getpid(), str(log_dir))
@@ -94,7 +99,7 @@ def rank_context(device: str = "auto") -> Iterator[torch.device]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if world_from_environment() is None:
         # a single process that nobody launched is a world of one
-        store = dist.HashStore()
+        store = HashStore()
         dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=0, world_size=1)
     else:
         dist.init_process_group("nccl" if use_cuda else "gloo")
@@ -129,11 +134,14 @@ def _explain(error: ChildFailedError, log_dir: Path, num_ranks: int) -> Meshloom
     """The error to show: a user's mistake that a rank found, else which rank died first and of what."""
     for note in sorted(log_dir.glob("error.rank*.json")):
         told = json.loads(note.read_text())
-        return getattr(errors, told["type"], RunFailed)(told["message"])  # type: ignore[no-any-return]
+        return getattr(errors, told["type"], RunFailed)(told["message"])
     # A rank that was killed is the cause, also if another one noticed the broken connection before it was found dead;
     # SIGTERM is what the agent sends to the others.
-    killed = {rank: failure for rank, failure in error.failures.items()
-              if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM}  # fmt: skip
+    killed = {
+        rank: failure
+        for rank, failure in error.failures.items()
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+    }
     rank, failure = next(iter(killed.items()), None) or error.get_first_failure()
     if failure.exitcode < 0:
         what = f"was killed by {signal.Signals(-failure.exitcode).name}"

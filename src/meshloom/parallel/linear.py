@@ -31,7 +31,7 @@ class Shard:
 
     def take(self, tensor: Tensor, index: int, degree: int) -> Tensor:
         """Part `index` of `degree` equal parts, in memory of its own."""
-        parts = tensor.unflatten(self.dim, (self.num_blocks, degree, -1)).select(self.dim + 1, index)
+        parts: Tensor = tensor.unflatten(self.dim, (self.num_blocks, degree, -1)).select(self.dim + 1, index)
         return parts.flatten(self.dim, self.dim + 1).contiguous()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:

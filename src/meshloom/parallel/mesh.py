@@ -43,8 +43,9 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     axes = [axis for axis in reversed(AXES) if plan.degrees[axis] > 1]
     groups: dict[Axis, dist.ProcessGroup] = {}
     if axes:
-        device_mesh = init_device_mesh(device.type, tuple(plan.degrees[axis] for axis in axes),
-                                       mesh_dim_names=tuple(axes))  # fmt: skip
+        device_mesh = init_device_mesh(
+            device.type, tuple(plan.degrees[axis] for axis in axes), mesh_dim_names=tuple(axes)
+        )
         groups = {axis: device_mesh.get_group(axis) for axis in axes}
     return Mesh(plan=plan, rank=dist.get_rank(), device=device, groups=groups)
 

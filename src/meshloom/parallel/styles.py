@@ -40,8 +40,7 @@ def _column(
     weight_shard = Shard(dim=1 if shape.input_major else 0, num_blocks=num_blocks)
     bias_shard = Shard(dim=0, num_blocks=num_blocks)
     bias = None if module.bias is None else bias_shard.take(module.bias.detach(), index, degree)
-    cut = ColumnParallelLinear(weight_shard.take(module.weight.detach(), index, degree), bias, group,
-                               shape.input_major)  # fmt: skip
+    cut = ColumnParallelLinear(weight_shard.take(module.weight.detach(), index, degree), bias, group, shape.input_major)
     _mark(cut.weight, weight_shard)
     if cut.bias is not None:
         _mark(cut.bias, bias_shard)

@@ -41,5 +41,5 @@ def _utilisation(node: Node, device: Device) -> float:
     if not gemm:
         return 1.0
     batch, m, n, _ = gemm
-    waves = max(1, batch * ceil(m / _TILE[0]) * ceil(n / _TILE[1])) / device.num_multiprocessors
+    waves: float = max(1, batch * ceil(m / _TILE[0]) * ceil(n / _TILE[1])) / device.num_multiprocessors
     return 1 - device.gemm_wave_loss * (1 - waves / ceil(waves))

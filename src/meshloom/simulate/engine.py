@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from heapq import heappop, heappush
 
-from meshloom.chakra.timeline import Span, Timeline
+from meshloom.chakra.timeline import Span, Timeline, Track
 from meshloom.chakra.trace import CommType, Node, NodeType, Trace
 from meshloom.errors import SimulationError
 from meshloom.hardware.cluster import Cluster
@@ -86,8 +86,13 @@ class _Engine:
             self._start_compute(now, rank)
         if left:
             raise SimulationError(self._deadlock())
-        return Timeline(spans=self.spans, source="predicted", world_size=len(self.traces), makespan_ns=now,
-                        cluster=self.cluster.name)  # fmt: skip
+        return Timeline(
+            spans=self.spans,
+            source="predicted",
+            world_size=len(self.traces),
+            makespan_ns=now,
+            cluster=self.cluster.name,
+        )
 
     def _is_device(self, rank: int, node: int) -> bool:
         return bool(self.nodes[rank, node].get("op_class", "memory") != "host")
@@ -135,9 +140,9 @@ class _Engine:
         self.order += 1
         heappush(self.events, (when, self.order, rank, node))
 
-    def _span(self, rank: int, track: str, node: Node, start_ns: int, length: int) -> None:
-        self.spans.append(Span(rank, track, node.name, start_ns, length, node.id,  # type: ignore[arg-type]
-                               node.get("phase", ""), node.get("module", "")))  # fmt: skip
+    def _span(self, rank: int, track: Track, node: Node, start_ns: int, length: int) -> None:
+        phase, module = node.get("phase", ""), node.get("module", "")
+        self.spans.append(Span(rank, track, node.name, start_ns, length, node.id, phase, module))
 
     def _deadlock(self) -> str:
         for meeting, arrived in self.arrived.items():

@@ -53,7 +53,7 @@ class StepWatcher(TorchDispatchMode):
     """Hands every op that runs within it to `builder`; `groups` names each process group's ranks and axis."""
 
     def __init__(self, builder: TraceBuilder, groups: Mapping[str, Group], paths: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._builder = builder
         self._groups = groups
         self._paths = paths
@@ -66,8 +66,10 @@ class StepWatcher(TorchDispatchMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within this, ops and modules are seen."""
-        handles = [module_hooks.register_module_forward_pre_hook(self._enter_module),
-                   module_hooks.register_module_forward_hook(self._leave_module)]  # fmt: skip
+        handles = [
+            module_hooks.register_module_forward_pre_hook(self._enter_module),
+            module_hooks.register_module_forward_hook(self._leave_module),
+        ]
         try:
             with self:
                 yield
@@ -85,7 +87,7 @@ class StepWatcher(TorchDispatchMode):
 
     def _note_module(self) -> None:
         numbers, modules = self._made_in
-        numbers.append(torch.autograd._get_sequence_nr())
+        numbers.append(torch._C._autograd._get_sequence_nr())
         modules.append(self._modules[-1] if self._modules else "")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,8 +145,9 @@ class StepWatcher(TorchDispatchMode):
     def _communicate(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         comm_type, source = _COLLECTIVES[name]
         sent = [leaf for leaf in tree_leaves(args[source]) if isinstance(leaf, Tensor)]
-        received = [leaf for leaf in tree_leaves(out if name.startswith("_c10d_f") else args[0])
-                    if isinstance(leaf, Tensor)]  # fmt: skip
+        received = [
+            leaf for leaf in tree_leaves(out if name.startswith("_c10d_f") else args[0]) if isinstance(leaf, Tensor)
+        ]
         group = self._groups[_group_name(args, kwargs)]
         reduction = next((arg for arg in args[1:] if isinstance(arg, str) and arg in ("sum", "avg", "min", "max")), "")
         self._builder.collective(
@@ -162,10 +165,10 @@ class StepWatcher(TorchDispatchMode):
         )
 
     def _region(self, tensor: Tensor) -> Region:
-        begin = tensor.storage_offset() * tensor.itemsize
+        begin = int(tensor.storage_offset()) * tensor.itemsize
         if not tensor.numel():
             return Region(self._storage(tensor), begin, begin)
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        extent = 1 + sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride()))
         return Region(self._storage(tensor), begin, begin + extent * tensor.itemsize)
 
     def _storage(self, tensor: Tensor) -> Hashable:

@@ -40,8 +40,16 @@ def synthesise(
     model = build_model(config, objective, seed=0, device="meta")
     check_plan(model, plan, example_batch(objective, micro_batch=1, seq_length=8, device="meta"))
     # Every rank has the same part of the work until there are pipeline stages: one role.
-    trace = _one_rank(config, objective, plan=plan, rank=0, micro_batch=micro_batch, seq_length=seq_length,
-                      max_grad_norm=max_grad_norm, model_name=model_name)  # fmt: skip
+    trace = _one_rank(
+        config,
+        objective,
+        plan=plan,
+        rank=0,
+        micro_batch=micro_batch,
+        seq_length=seq_length,
+        max_grad_norm=max_grad_norm,
+        model_name=model_name,
+    )
     return {rank: stamp(trace, plan, rank) for rank in range(plan.world_size)}
 
 
@@ -56,22 +64,30 @@ def _one_rank(
     max_grad_norm: float,
     model_name: str,
 ) -> Trace:
-    builder = TraceBuilder(rank=rank, world_size=plan.world_size, source="synth", plan=str(plan), step=1,
-                           model=model_name or None)  # fmt: skip
+    builder = TraceBuilder(
+        rank=rank, world_size=plan.world_size, source="synth", plan=str(plan), step=1, model=model_name or None
+    )
     with fake_world(rank, plan.world_size):
         mesh = make_mesh(plan, torch.device("cpu"))  # the mesh counts ranks in real tensors
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = parallelize(build_model(config, objective, seed=0), plan=plan, mesh=mesh,
-                                example=example_batch(objective, micro_batch=1, seq_length=8)).train()  # fmt: skip
+            model = parallelize(
+                build_model(config, objective, seed=0),
+                plan=plan,
+                mesh=mesh,
+                example=example_batch(objective, micro_batch=1, seq_length=8),
+            ).train()
             paths = {id(module): path for path, module in model.named_modules()}
             # The learning rate is no matter here: nothing is computed.
             optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1)
             model = data_parallel(model, mesh)
             watcher = StepWatcher(builder, _groups(mesh), paths)
-            # The first step makes the optimizer's states and learns the order of the gradients; the second is every step.
+            # The first step makes the optimizer's states and learns the order of the gradients; all others
+            # are like the second.
             for context in (nullcontext(), watcher.watching()):
-                batches = [example_batch(objective, micro_batch=micro_batch, seq_length=seq_length)
-                           for _ in range(plan.num_micro_batches)]  # fmt: skip
+                batches = [
+                    example_batch(objective, micro_batch=micro_batch, seq_length=seq_length)
+                    for _ in range(plan.num_micro_batches)
+                ]
                 with context:
                     train_step(model, optimizer, batches, mesh=mesh, max_grad_norm=max_grad_norm)
     return builder.finish()

@@ -170,9 +170,16 @@ def _packed(documents: list[Document], tokenizer: Any, seq_length: int) -> Itera
 def _pairs(documents: list[Document], tokenizer: Any, seq_length: int) -> Iterator[dict[str, Tensor]]:
     """[CLS] question [SEP] context [SEP], cut or padded to one sequence."""
     for chunk in _chunks(documents):
-        encoded = tokenizer([document.question for document in chunk], [document.context for document in chunk],
-                            truncation=True, max_length=seq_length, padding="max_length", verbose=False,
-                            return_special_tokens_mask=True, return_tensors="pt")  # fmt: skip
+        encoded = tokenizer(
+            [document.question for document in chunk],
+            [document.context for document in chunk],
+            truncation=True,
+            max_length=seq_length,
+            padding="max_length",
+            verbose=False,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )
         for ids, mask, special in zip(encoded["input_ids"], encoded["attention_mask"], encoded["special_tokens_mask"]):
             yield {"input_ids": ids, "attention_mask": mask, "special": special}
 

@@ -90,8 +90,9 @@ def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | Non
 
 def _build(job: Job, mesh: Mesh) -> nn.Module:
     model = build_model(job.config, job.objective, seed=job.seed)
-    model = parallelize(model, plan=job.plan, mesh=mesh,
-                        example=example_batch(job.objective, micro_batch=1, seq_length=8))  # fmt: skip
+    model = parallelize(
+        model, plan=job.plan, mesh=mesh, example=example_batch(job.objective, micro_batch=1, seq_length=8)
+    )
     model.to(mesh.device).train()
     # Ranks of one tensor-parallel group draw the same dropout masks, or their copies of the residual would part.
     torch.manual_seed(job.seed + 1 + mesh.index("dp"))
@@ -99,8 +100,16 @@ def _build(job: Job, mesh: Mesh) -> nn.Module:
 
 
 def _micro_batches(job: Job, mesh: Mesh) -> Iterator[list[Batch]]:
-    stream = batches(job.documents, job.tokenizer, job.objective, seq_length=job.seq_length, batch_size=job.batch_size,
-                     rank=mesh.index("dp"), num_ranks=mesh.degree("dp"), seed=job.seed)  # fmt: skip
+    stream = batches(
+        job.documents,
+        job.tokenizer,
+        job.objective,
+        seq_length=job.seq_length,
+        batch_size=job.batch_size,
+        rank=mesh.index("dp"),
+        num_ranks=mesh.degree("dp"),
+        seed=job.seed,
+    )
     while True:
         yield [_to(batch, mesh.device) for batch in islice(stream, job.plan.num_micro_batches)]
 

@@ -31,9 +31,14 @@ class Reporter:
         if self._show:
             self._file = self._path.open("w", encoding="utf-8", buffering=1)
             if self._console.is_terminal:
-                self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(),
-                                          TextColumn("{task.description}"), TimeRemainingColumn(),
-                                          console=self._console)  # fmt: skip
+                self._progress = Progress(
+                    TextColumn("step"),
+                    MofNCompleteColumn(),
+                    BarColumn(),
+                    TextColumn("{task.description}"),
+                    TimeRemainingColumn(),
+                    console=self._console,
+                )
                 self._progress.start()
                 self._task = self._progress.add_task("", total=self._max_steps)
         self._last_ns = time.perf_counter_ns()
@@ -54,8 +59,18 @@ class Reporter:
         if self._file is None:
             return
         tokens_per_second = self._tokens_per_step / (duration_ns / 1e9)
-        self._file.write(json.dumps({"step": step, "loss": loss, "duration_ns": duration_ns,
-                                     "tokens_per_second": tokens_per_second, "recorded": recorded}) + "\n")  # fmt: skip
+        self._file.write(
+            json.dumps(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "duration_ns": duration_ns,
+                    "tokens_per_second": tokens_per_second,
+                    "recorded": recorded,
+                }
+            )
+            + "\n"
+        )
         text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s" + ("  (recorded)" if recorded else "")
         if self._progress is not None:
             self._progress.update(self._task, completed=step + 1, description=text)

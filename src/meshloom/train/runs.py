@@ -47,8 +47,12 @@ def write_facts(folder: Path, *, config: Any, plan: Plan, command: dict[str, Any
     with whole_file(folder / "model.json") as file:
         file.write(config.to_json_string(use_diff=False).encode())
     with whole_file(folder / "plan.toml") as file:
-        table = {"plan": str(plan), **plan.degrees, "world_size": plan.world_size,
-                 "num_micro_batches": plan.num_micro_batches}  # fmt: skip
+        table: dict[str, Any] = {
+            "plan": str(plan),
+            **{str(axis): degree for axis, degree in plan.degrees.items()},
+            "world_size": plan.world_size,
+            "num_micro_batches": plan.num_micro_batches,
+        }
         file.write(tomli_w.dumps(table).encode())
     facts = {
         "state": "running",

@@ -13,8 +13,16 @@ import networkx as nx
 
 from meshloom.chakra.trace import CommType, Node, NodeType, Trace
 
-_COLUMNS = ("forward", "forward communication", "backward", "backward communication", "optimizer",
-            "optimizer communication", "other", "other communication")  # fmt: skip
+_COLUMNS = (
+    "forward",
+    "forward communication",
+    "backward",
+    "backward communication",
+    "optimizer",
+    "optimizer communication",
+    "other",
+    "other communication",
+)
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 190, 34, 40, 16, 24
 
 
@@ -66,8 +74,15 @@ def _facts(node: Node, depth: int) -> dict[str, Any]:
         kind = node.get("comm_type")
         label = CommType(kind).name.lower() if kind is not None else node.type.name.lower().removeprefix("comm_")
         label += f" ({node.get('comm_axis')})" if node.get("comm_axis") else ""
-    return {"label": label, "column": column, "module": module, "kind": "communication" if node.is_comm else "op",
-            "num_ops": 0, "flops": 0, "bytes": 0}  # fmt: skip
+    return {
+        "label": label,
+        "column": column,
+        "module": module,
+        "kind": "communication" if node.is_comm else "op",
+        "num_ops": 0,
+        "flops": 0,
+        "bytes": 0,
+    }
 
 
 def draw(graph: nx.DiGraph, *, title: str = "") -> str:
@@ -77,10 +92,12 @@ def draw(graph: nx.DiGraph, *, title: str = "") -> str:
     width = 2 * _MARGIN + len(columns) * (_WIDTH + _GAP_X)
     height = 2 * _MARGIN + 64 + num_rows * (_HEIGHT + _GAP_Y)
     place = {
-        key: (_MARGIN + columns.index(facts["column"]) * (_WIDTH + _GAP_X),
-              _MARGIN + 64 + facts["row"] * (_HEIGHT + _GAP_Y))
+        key: (
+            _MARGIN + columns.index(facts["column"]) * (_WIDTH + _GAP_X),
+            _MARGIN + 64 + facts["row"] * (_HEIGHT + _GAP_Y),
+        )
         for key, facts in graph.nodes(data=True)
-    }  # fmt: skip
+    }
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12">',
@@ -130,11 +147,13 @@ def _box(place: tuple[int, int], facts: dict[str, Any]) -> str:
     fill, line = ("#ffebee", "#c62828") if facts["kind"] == "communication" else ("#e3f2fd", "#1565c0")
     label = facts["label"] if len(facts["label"]) <= 28 else "…" + facts["label"][-27:]
     amount = _si(facts["bytes"], "B") if facts["kind"] == "communication" else _si(facts["flops"], "FLOP")
-    return (f'<g><title>{escape(facts["module"] or facts["label"])}: {facts["num_ops"]} ops, '
-            f'{facts["flops"]:,} FLOP, {facts["bytes"]:,} bytes</title>'
-            f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{fill}" stroke="{line}"/>'
-            f'<text x="{x + 8}" y="{y + 14}">{escape(label)}</text>'
-            f'<text x="{x + 8}" y="{y + 28}" font-size="10" fill="#555">{facts["num_ops"]} × · {amount}</text></g>')  # fmt: skip
+    return (
+        f"<g><title>{escape(facts['module'] or facts['label'])}: {facts['num_ops']} ops, "
+        f"{facts['flops']:,} FLOP, {facts['bytes']:,} bytes</title>"
+        f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{fill}" stroke="{line}"/>'
+        f'<text x="{x + 8}" y="{y + 14}">{escape(label)}</text>'
+        f'<text x="{x + 8}" y="{y + 28}" font-size="10" fill="#555">{facts["num_ops"]} × · {amount}</text></g>'
+    )
 
 
 def _legend(width: int) -> str:

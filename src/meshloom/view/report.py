@@ -76,8 +76,14 @@ def _chapters(folder: Path) -> list[Chapter]:
             raise
         file = where / "timeline.json"
         plan = next(iter(traces.values())).get("plan", "")
-        chapters.append(Chapter(title=f"{title}: {plan or where.name}", traces=traces, findings=check(traces),
-                                timeline=timeline_file.read(file) if file.is_file() else None))  # fmt: skip
+        chapters.append(
+            Chapter(
+                title=f"{title}: {plan or where.name}",
+                traces=traces,
+                findings=check(traces),
+                timeline=timeline_file.read(file) if file.is_file() else None,
+            )
+        )
     return chapters
 
 
@@ -91,9 +97,11 @@ def _page(name: str, run: dict[str, Any], steps: list[dict[str, Any]], chapters:
         body += ["<h3>Loss</h3>", _loss_curve([float(step["loss"]) for step in steps])]
     for chapter in chapters:
         body.append(_chapter(chapter))
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{escape(name)}</title><style>{style}</style></head>'
-            f'<body><main>{"".join(body)}</main><script>{script}</script></body></html>')  # fmt: skip
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{escape(name)}</title><style>{style}</style></head>'
+        f"<body><main>{''.join(body)}</main><script>{script}</script></body></html>"
+    )
 
 
 def _cards(run: dict[str, Any], steps: list[dict[str, Any]], chapters: list[Chapter]) -> str:
@@ -105,29 +113,41 @@ def _cards(run: dict[str, Any], steps: list[dict[str, Any]], chapters: list[Chap
     for chapter in chapters:
         if chapter.timeline is not None:
             cards.append((f"{chapter.title}, predicted step", f"{chapter.timeline.makespan_ns / 1e6:.3f} ms"))
-    inner = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
-                    for label, value in cards)  # fmt: skip
+    inner = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in cards
+    )
     return f'<div class="cards">{inner}</div>'
 
 
 def _loss_curve(losses: Sequence[float]) -> str:
     low, high = min(losses), max(losses)
     spread = (high - low) or 1.0
-    points = " ".join(f"{40 + 980 * index / max(1, len(losses) - 1):.1f},{10 + 120 * (high - loss) / spread:.1f}"
-                      for index, loss in enumerate(losses))  # fmt: skip
-    return (f'<svg viewBox="0 0 1040 150" role="img" aria-label="loss from {losses[0]:.3f} to {losses[-1]:.3f}">'
-            f'<text x="0" y="16">{high:.2f}</text><text x="0" y="134">{low:.2f}</text>'
-            f'<polyline points="{points}" fill="none" stroke="var(--compute)" stroke-width="2"/></svg>')  # fmt: skip
+    points = " ".join(
+        f"{40 + 980 * index / max(1, len(losses) - 1):.1f},{10 + 120 * (high - loss) / spread:.1f}"
+        for index, loss in enumerate(losses)
+    )
+    return (
+        f'<svg viewBox="0 0 1040 150" role="img" aria-label="loss from {losses[0]:.3f} to {losses[-1]:.3f}">'
+        f'<text x="0" y="16">{high:.2f}</text><text x="0" y="134">{low:.2f}</text>'
+        f'<polyline points="{points}" fill="none" stroke="var(--compute)" stroke-width="2"/></svg>'
+    )
 
 
 def _chapter(chapter: Chapter) -> str:
     num_nodes = sum(len(trace.nodes) for trace in chapter.traces.values())
-    parts = [f"<h2>{escape(chapter.title)}</h2>",
-             f"<p>{len(chapter.traces)} ranks, {num_nodes:,} nodes</p>", _faults(chapter.findings)]  # fmt: skip
+    parts = [
+        f"<h2>{escape(chapter.title)}</h2>",
+        f"<p>{len(chapter.traces)} ranks, {num_nodes:,} nodes</p>",
+        _faults(chapter.findings),
+    ]
     if chapter.timeline is not None:
-        parts += [f"<h3>Predicted on {escape(chapter.timeline.cluster)}</h3>", _timeline(chapter.timeline),
-                  _share_table(chapter.timeline), "<h3>Ops by predicted time, rank "
-                  f"{chapter.timeline.ranks()[0]}</h3>", _op_table(chapter.timeline)]  # fmt: skip
+        parts += [
+            f"<h3>Predicted on {escape(chapter.timeline.cluster)}</h3>",
+            _timeline(chapter.timeline),
+            _share_table(chapter.timeline),
+            f"<h3>Ops by predicted time, rank {chapter.timeline.ranks()[0]}</h3>",
+            _op_table(chapter.timeline),
+        ]
     trace = next(iter(chapter.traces.values()))
     rows = [(name, row["count"], row["bytes"]) for name, row in summary(trace).items()]
     parts += [f"<h3>Communication, rank {trace.rank}</h3>", _table(("what", "count", "bytes"), rows)]
@@ -152,15 +172,23 @@ def _timeline(timeline: Timeline) -> str:
         for track, offset, colour in (("compute", 4, "--compute"), ("communication", 22, "--comm")):
             parts.append(f'<rect x="60" y="{y + offset}" width="{_PIXELS}" height="16" fill="var(--track)"/>')
             spans = [span for span in timeline.spans if span.rank == rank and span.track == track]
-            path = "".join(f"M{60 + begin:.2f} {y + offset}h{max(0.3, end - begin):.2f}v16H{60 + begin:.2f}z"
-                           for begin, end in _merged(spans, scale))  # fmt: skip
+            path = "".join(
+                f"M{60 + begin:.2f} {y + offset}h{max(0.3, end - begin):.2f}v16H{60 + begin:.2f}z"
+                for begin, end in _merged(spans, scale)
+            )
             parts.append(f'<path d="{path}" fill="var({colour})"/>')
-    parts.append(f'<text x="60" y="{height - 6}">0</text><text x="{60 + _PIXELS}" y="{height - 6}" '
-                 f'text-anchor="end">{timeline.makespan_ns / 1e6:.3f} ms</text>')  # fmt: skip
-    legend = "".join(f'<span><i style="background:var({colour})"></i>{text}</span>'
-                     for colour, text in (("--compute", "compute"), ("--comm", "communication")))  # fmt: skip
-    return (f'<div class="legend">{legend}</div><div class="wide"><svg viewBox="0 0 {_PIXELS + 64} {height}" '
-            f'role="img" aria-label="timeline of {len(ranks)} ranks">{"".join(parts)}</svg></div>')  # fmt: skip
+    parts.append(
+        f'<text x="60" y="{height - 6}">0</text><text x="{60 + _PIXELS}" y="{height - 6}" '
+        f'text-anchor="end">{timeline.makespan_ns / 1e6:.3f} ms</text>'
+    )
+    legend = "".join(
+        f'<span><i style="background:var({colour})"></i>{text}</span>'
+        for colour, text in (("--compute", "compute"), ("--comm", "communication"))
+    )
+    return (
+        f'<div class="legend">{legend}</div><div class="wide"><svg viewBox="0 0 {_PIXELS + 64} {height}" '
+        f'role="img" aria-label="timeline of {len(ranks)} ranks">{"".join(parts)}</svg></div>'
+    )
 
 
 def _merged(spans: Iterable[Span], scale: float) -> list[tuple[float, float]]:
@@ -177,9 +205,16 @@ def _merged(spans: Iterable[Span], scale: float) -> list[tuple[float, float]]:
 
 def _share_table(timeline: Timeline) -> str:
     whole = max(1, timeline.makespan_ns)
-    rows = [(f"rank {share.rank}", *(f"{part / whole:.1%}" for part in (
-        share.compute_ns, share.exposed_communication_ns, share.idle_ns, share.communication_ns)))
-        for share in timeline.shares()]  # fmt: skip
+    rows = [
+        (
+            f"rank {share.rank}",
+            *(
+                f"{part / whole:.1%}"
+                for part in (share.compute_ns, share.exposed_communication_ns, share.idle_ns, share.communication_ns)
+            ),
+        )
+        for share in timeline.shares()
+    ]
     return _table(("rank", "compute", "exposed communication", "idle", "communication, overlapped or not"), rows)
 
 
@@ -191,8 +226,9 @@ def _op_table(timeline: Timeline) -> str:
             row = table[span.name, span.phase]
             row[0] += 1
             row[1] += span.duration_ns
-    rows = sorted(((name, phase, count, time) for (name, phase), (count, time) in table.items()),
-                  key=lambda row: -row[3])  # fmt: skip
+    rows = sorted(
+        ((name, phase, count, time) for (name, phase), (count, time) in table.items()), key=lambda row: -row[3]
+    )
     return _table(("op", "phase", "count", "total ns"), rows[:_ROWS])
 
 
