@@ -110,6 +110,10 @@ class _Converter:
             elif op.parent >= 0 and self.inside_work[op.parent]:
                 self.inside_work[index] = True
                 self._scope(index, op)
+            elif op.name.startswith("_c10d_functional::"):
+                # It copies its input for the c10d op inside to change: the copy is part of the communication.
+                self.inside_work[index] = True
+                self._scope(index, op, moves=True)
             elif op.schema and op.name not in self.composite and (work := self._work(op)).op_class != "host":
                 self.inside_work[index] = True
                 self._compute(index, op, work)
@@ -150,13 +154,15 @@ class _Converter:
             op = self.ops[op.parent]
         return []
 
-    def _scope(self, index: int, op: Op) -> None:
+    def _scope(self, index: int, op: Op, *, moves: bool = False) -> None:
         self.nodes[index] = self.builder.compute(
             op.name,
             cost=_HOST,
             is_cpu_op=True,
             scope=True,
             after=self._parent_node(op),
+            reads=[_region(ref) for refs in op.inputs for ref in refs] if moves else (),
+            writes=[_region(ref) for ref in op.outputs] if moves else (),
             duration_ns=self.own_ns[index],
             **self._attrs(index, op),
         )

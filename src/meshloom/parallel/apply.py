@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
-from meshloom.parallel.discover import Discovery, Pair, discover, run_fake
+from meshloom.parallel.discover import Discovery, Pair, discover, trouble_of_part
 from meshloom.parallel.linear import shard_of
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.styles import cut_linear
@@ -60,22 +60,13 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     found = check_plan(model, plan, example)
     for pair in found.pairs:
         _cut(model, pair, mesh)
-    if found.pairs and (trouble := _forward_trouble(model, example)):
+    if found.pairs and trouble_of_part(model, example, found.shapes(plan.tp)):
         # The forward reshapes or splits by numbers of its own, which must now count this rank's part.
         for pair in found.pairs:
             _divide_counts(model, pair, plan.tp)
-        if trouble := _forward_trouble(model, example):
+        if trouble := trouble_of_part(model, example, found.shapes(plan.tp)):
             raise PlanError(f"plan {plan}: the model's forward does not run on a rank's part: {trouble}; use tp1")
     return model
-
-
-def _forward_trouble(model: nn.Module, example: Mapping[str, Tensor]) -> str:
-    """What the forward says on fake tensors, in one line; empty if it runs."""
-    try:
-        run_fake(model, example)
-    except (RuntimeError, ValueError, IndexError) as error:
-        return str(error).splitlines()[0] or type(error).__name__
-    return ""
 
 
 def explain(found: Discovery) -> list[Decision]:

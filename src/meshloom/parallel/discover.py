@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from meshloom.parallel.linear import CutLinear
 from meshloom.parallel.styles import linear_shape
 
 
@@ -39,14 +40,6 @@ class Pair:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Discovery:
-    """What can be cut, and each linear layer that stays whole with the reason."""
-
-    pairs: tuple[Pair, ...]
-    kept: Mapping[str, str]
-
-
 @dataclass(frozen=True, slots=True)
 class _Cut:
     """The dim of a tensor that a cut of the `sources` would divide, and how many units it has there."""
@@ -54,6 +47,32 @@ class _Cut:
     sources: frozenset[str]
     dim: int
     num_units: int
+
+
+Shapes = list[tuple[str, tuple[int, ...]]]  # what the forward did outside its linear layers: op, shape of a result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discovery:
+    """What can be cut, and each linear layer that stays whole with the reason."""
+
+    pairs: tuple[Pair, ...]
+    kept: Mapping[str, str]
+    seen: tuple[tuple[str, tuple[int, ...], _Cut | None], ...] = ()
+
+    def shapes(self, degree: int) -> Shapes:
+        """What the forward must do on one of `degree` parts: the same, with each cut dim divided."""
+        columns = {path for pair in self.pairs for path in pair.columns}
+        return [
+            (
+                op,
+                tuple(
+                    size // degree if cut and cut.sources <= columns and dim == cut.dim else size
+                    for dim, size in enumerate(shape)
+                ),
+            )
+            for op, shape, cut in self.seen
+        ]
 
 
 @dataclass(slots=True)
@@ -67,6 +86,7 @@ class _Trail:
     lost: dict[str, str] = field(default_factory=dict)  # source -> why it cannot be cut
     feeds: dict[str, set[str]] = field(default_factory=dict)  # consumer -> sources, in order of execution
     inside: int = 0  # how many linear layers are running: their own ops are theirs
+    seen: list[tuple[str, tuple[int, ...], _Cut | None]] = field(default_factory=list)
 
     def lose(self, sources: Iterable[str], why: str) -> None:
         """Note why the sources cannot be cut; the first reason stays."""
@@ -169,7 +189,60 @@ class _Follow(TorchDispatchMode):
                         cuts[result] = cut
                         for source in cut.sources:
                             self.trail.num_units[source] = min(self.trail.num_units[source], cut.num_units)
+        if not self.trail.inside:
+            name = func.overloadpacket.__name__
+            results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            self.trail.seen += [(name, tuple(result.shape), cuts.get(result)) for result in results]
         return out
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the shapes of all results outside linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inside = 0
+        self.shapes: Shapes = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.inside:
+            results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            self.shapes += [(func.overloadpacket.__name__, tuple(result.shape)) for result in results]
+        return out
+
+    def enter(self, *args: Any) -> None:
+        """A hook: a linear layer begins."""
+        self.inside += 1
+
+    def leave(self, *args: Any) -> None:
+        """A hook: it ends."""
+        self.inside -= 1
+
+
+def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: Shapes) -> str:
+    """Where the forward of a cut model does something else than `expected`, in one line; empty if it does the same.
+
+    That the forward runs is not enough: a view with -1 would make heads of another rank into tokens of this one.
+    """
+    watch = _Watch()
+    handles = []
+    for module in model.modules():
+        if linear_shape(module) is not None or isinstance(module, CutLinear):
+            handles += [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
+    was_training = model.training
+    try:
+        run_fake(model.eval(), example, watch)
+    except (RuntimeError, ValueError, IndexError) as error:
+        return str(error).splitlines()[0] or type(error).__name__
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    for got, want in zip(watch.shapes, expected):
+        if got != want:
+            return f"{got[0]} gives {got[1]}, expected {want[0]} to give {want[1]}"
+    return "" if len(watch.shapes) == len(expected) else f"{len(watch.shapes)} results, expected {len(expected)}"
 
 
 Rule = Callable[[_Trail, tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]], "list[_Cut | None] | None"]
@@ -287,7 +360,9 @@ def _attention(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cu
         return None
     sources = frozenset().union(*(cut.sources for cut in cuts))
     num_units = min(cut.num_units for cut in cuts)
-    return [_Cut(sources, 1, num_units) if index == 0 else None for index in range(len(results))]
+    # the log-sum-exp beside the output is (B, H, S); seeds and offsets are not cut
+    heads = tensors[0].size(1)
+    return [_Cut(sources, 1, num_units) if x.dim() >= 3 and x.size(1) == heads else None for x in results]
 
 
 def _batched_product(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
@@ -369,7 +444,7 @@ def _pair(trail: _Trail, linears: Mapping[str, nn.Module]) -> Discovery:
         for path in linears
         if path not in cut
     }
-    return Discovery(pairs=tuple(pairs), kept=kept)
+    return Discovery(pairs=tuple(pairs), kept=kept, seen=tuple(trail.seen))
 
 
 def _joined(rows: Mapping[str, set[str]]) -> list[tuple[set[str], tuple[str, ...]]]:

@@ -87,7 +87,7 @@ def leave_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-class _CutLinear(nn.Module):
+class CutLinear(nn.Module):
     """A slice of a linear layer. `input_major`: the weight is (in, out), as in HF's Conv1D, and not (out, in)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, input_major: bool) -> None:
@@ -109,7 +109,7 @@ class _CutLinear(nn.Module):
         return out.view(*x.shape[:-1], out.size(-1))
 
 
-class ColumnParallelLinear(_CutLinear):
+class ColumnParallelLinear(CutLinear):
     """(…, I) -> (…, O/tp): this rank's output features; the input is the same on every rank."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class ColumnParallelLinear(_CutLinear):
         return self._product(enter_region(x, self.group), self.bias)
 
 
-class RowParallelLinear(_CutLinear):
+class RowParallelLinear(CutLinear):
     """(…, I/tp) -> (…, O): this rank's input features; the result is summed, then the bias added once."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,43 @@
+"""Parallel equals serial: loss, every gradient, and the gradient norm, in float64 on two gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("parity.py")
+FAMILIES = ("gpt2", "bert", "llama, fewer key-value heads", "opt")
+
+
+def _run(folder: Path, *arguments: str) -> dict[str, Any]:
+    out = folder / "found.json"
+    command = [sys.executable, str(SCRIPT), str(out), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _run(tmp_path_factory.mktemp("parity"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_parallel_equals_serial(found: dict[str, Any], family: str) -> None:
+    told = found[family]
+    serial, cut = told["losses"]
+    assert abs(cut - serial) <= 1e-12 * serial
+    assert told["worst"] <= 1e-11
+    assert told["norms"][1] == pytest.approx(told["norms"][0], rel=1e-12)
+    assert told["num_cut"] >= 8, "two layers of attention and MLP are cut"
+
+
+def test_the_comparison_sees_a_wrong_shard(tmp_path: Path) -> None:
+    told = _run(tmp_path, "--spoil")
+    assert all(family["worst"] > 1e-4 for family in told.values())
