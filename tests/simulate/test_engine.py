@@ -40,8 +40,7 @@ def _reduce(number: int, size: int, data: list[int] | None = None, ranks: tuple[
 
 def _world(*by_rank: list[Node]) -> dict[int, Trace]:
     return {
-        rank: Trace(nodes=nodes, attrs={"rank": rank, "world_size": len(by_rank)})
-        for rank, nodes in enumerate(by_rank)
+        rank: Trace(nodes=nodes, attrs={"rank": rank, "world_size": len(by_rank)}) for rank, nodes in enumerate(by_rank)
     }
 
 

@@ -70,6 +70,8 @@ def read(path: str | Path) -> Trace:
         raise TraceError(f"{path}: expected a Chakra trace (.et or .et.gz), got '{what}'") from error
     messages = _frames(data, path)
     offset, first = next(messages, (0, b""))
+    if not data:
+        raise TraceError(f"{path}: expected a Chakra trace (.et or .et.gz), the file is empty")
     meta = _parse(et_def_pb2.GlobalMetadata, first, path, offset)
     if not meta.version and not meta.attr and len(first):
         raise TraceError(f"{path}: byte {offset}: expected GlobalMetadata as the first message; not a Chakra trace")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.constants import ENDPOINT
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -58,6 +61,8 @@ def load_config(model: str) -> Any:
     if "/" in model and (path.parent.is_dir() or model.startswith((".", "/"))):
         raise ModelError(f"{model}: expected a folder with config.json, a config.json or a hub id; no such path")
     expected = f"expected a preset ({', '.join(presets())}), a config.json, a folder that holds one, or a hub id"
+    with suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(model, local_files_only=True)
     with _hub(f"model {model!r}: {expected}", ModelError):
         return AutoConfig.from_pretrained(model)
 
@@ -99,6 +104,8 @@ def load_tokenizer(tokenizer: str) -> Any:
             raise DataError(
                 f"tokenizer {tokenizer}: expected a folder with a tokenizer, got '{str(error).splitlines()[0]}'"
             ) from error
+    with suppress(OSError, ValueError):
+        return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     with _hub(f"tokenizer {tokenizer!r}: expected a folder, a hub id, or 'bytes'", DataError):
         return AutoTokenizer.from_pretrained(tokenizer)
 
@@ -116,6 +123,13 @@ def _byte_tokenizer() -> Any:
 @contextmanager
 def _hub(expected: str, kind: type[ModelError] | type[DataError]) -> Iterator[None]:
     """Within this, transformers may ask the hub; its failures become one line."""
+    # The hub's own client tries five times, a minute long and loudly, before it says that there is no network.
+    try:
+        urllib.request.urlopen(ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        raise OfflineError(f"{expected}; the hub cannot be reached, and nothing of that name is cached") from error
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

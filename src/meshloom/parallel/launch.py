@@ -12,6 +12,9 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +32,7 @@ from meshloom import errors
 from meshloom.errors import MeshloomError, PlanError, RunFailed
 
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+_ENDING = (signal.SIGTERM, signal.SIGINT)  # what the agent, a user or a terminal sends to end a rank
 
 
 def world_from_environment() -> tuple[int, int] | None:
@@ -70,7 +74,7 @@ def run_ranks(function: Callable[..., None], *args: Any, num_ranks: int, log_dir
     try:
         elastic_launch(config, _rank)(function, args, os.getpid(), str(log_dir))
     except ChildFailedError as error:
-        raise _explain(error, log_dir, num_ranks) from error
+        raise _explain(log_dir, num_ranks) from error
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
@@ -88,7 +92,7 @@ def rank_context(device: str = "auto") -> Iterator[torch.device]:
     if use_cuda:
         if torch.cuda.device_count() < local_size:
             raise PlanError(
-                f"expected {local_size} GPUs for {local_size} ranks on this host, got "
+                f"expected a GPU for each of {local_size} ranks on this host, found "
                 f"{torch.cuda.device_count()}; use a smaller plan, or --device cpu"
             )
         chosen = torch.device("cuda", local_rank)
@@ -115,46 +119,53 @@ def rank_context(device: str = "auto") -> Iterator[torch.device]:
 
 
 def _rank(function: Callable[..., None], args: tuple[Any, ...], parent: int, log_dir: str) -> None:
-    """What each rank runs. Ctrl-C reaches the launcher too, which ends the ranks: here it must not interrupt."""
+    """What each rank runs. It leaves a note of how it ended, by which `_explain` finds the rank that died first."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    note = Path(log_dir) / f"end.rank{os.environ['RANK']}.json"
+    threading.Thread(target=_end_on_signal, args=(note,), daemon=True).start()
     try:
         function(*args)
-    except MeshloomError as error:
-        note = Path(log_dir) / f"error.rank{os.environ['RANK']}.json"
-        note.write_text(json.dumps({"type": type(error).__name__, "message": str(error)}))
+    except BaseException as error:
+        _note_end(note, type(error).__name__, str(error), "".join(traceback.format_exception(error)))
         raise
+    _note_end(note, "finished", "", "")
 
 
-def _explain(error: ChildFailedError, log_dir: Path, num_ranks: int) -> MeshloomError:
+def _end_on_signal(note: Path) -> None:
+    """Wait for a signal in a thread of its own: the main one may be deep in a collective, where no handler runs."""
+    received = signal.Signals(signal.sigwait(_ENDING))
+    _note_end(note, received.name, "", "")
+    os._exit(128 + received)
+
+
+def _note_end(note: Path, how: str, message: str, trace: str) -> None:
+    note.write_text(json.dumps({"time_ns": time.time_ns(), "how": how, "message": message, "traceback": trace}))
+
+
+def _explain(log_dir: Path, num_ranks: int) -> MeshloomError:
     """The error to show: a user's mistake that a rank found, else which rank died first and of what."""
-    for note in sorted(log_dir.glob("error.rank*.json")):
-        told = json.loads(note.read_text())
-        return getattr(errors, told["type"], RunFailed)(told["message"])
-    # A rank that was killed is the cause, also if another one noticed the broken connection before it was found dead;
-    # SIGTERM is what the agent sends to the others.
-    killed = {
-        rank: failure
-        for rank, failure in error.failures.items()
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-    }
-    rank, failure = next(iter(killed.items()), None) or error.get_first_failure()
-    if failure.exitcode < 0:
-        what = f"was killed by {signal.Signals(-failure.exitcode).name}"
-        if failure.exitcode == -signal.SIGKILL:
-            what += " (by hand, or by the system for want of memory)"
-    else:
-        what = f"failed: {_last_words(failure.message)}"
-    log = f"see {log_dir / 'elastic'}" if rank else "see the output above"
-    others = f"; the other {num_ranks - 1} were ended" if num_ranks > 1 else ""
-    return RunFailed(f"rank {rank} {what}{others}; {log}")
-
-
-def _last_words(message: Any) -> str:
-    text = message.get("message", "") if isinstance(message, dict) else str(message)
-    lines = [line for line in str(text).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+    notes = {rank: log_dir / f"end.rank{rank}.json" for rank in range(num_ranks)}
+    ends = {rank: json.loads(note.read_text()) for rank, note in notes.items() if note.exists()}
+    failed = {rank: end for rank, end in ends.items() if end["how"] != "finished"}
+    by_time = sorted(failed.items(), key=lambda item: item[1]["time_ns"])
+    for _, end in by_time:
+        kind = getattr(errors, end["how"], None)
+        if kind is not None:
+            error: MeshloomError = kind(end["message"])
+            return error
+    others = f"; the other {num_ranks - 1} were ended" if num_ranks > 2 else "; the other was ended" * (num_ranks - 1)
+    silent = [rank for rank in range(num_ranks) if rank not in ends]
+    if silent or not by_time:  # others lose their connection to it and fail, but they can still say so
+        rank = silent[0] if silent else 0
+        return RunFailed(
+            f"rank {rank} was killed (by hand, by the system for want of memory, or it crashed){others}; see {log_dir}"
+        )
+    rank, end = by_time[0]
+    if end["how"].startswith("SIG"):
+        return RunFailed(f"rank {rank} was ended by {end['how']}{others}; see {log_dir}")
+    said = next((line for line in end["message"].splitlines() if line.strip()), "no message")
+    return RunFailed(f"rank {rank} failed: {end['how']}: {said[:300]}{others}; the traceback is in {notes[rank]}")

@@ -69,7 +69,7 @@ def _key(node: Node, depth: int) -> tuple[str, str]:
 
 def _facts(node: Node, depth: int) -> dict[str, Any]:
     column, module = _key(node, depth)
-    label = module or column.partition(" ")[0]
+    label = module or "outside all modules"
     if node.is_comm:
         kind = node.get("comm_type")
         label = CommType(kind).name.lower() if kind is not None else node.type.name.lower().removeprefix("comm_")

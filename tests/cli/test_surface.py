@@ -1,0 +1,146 @@
+"""The command line's surface: help without torch, an example for each command, exit codes, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from meshloom.cli.__main__ import COMMANDS, cli
+from tests.conftest import Meshloom
+
+OPTIONS = {
+    "demo": ["--cluster", "--max-steps", "--out", "--synth-plan"],
+    "train": [
+        "--batch-size", "--data", "--device", "--gradient-accumulation", "--json", "--learning-rate",
+        "--max-grad-norm", "--max-steps", "--model", "--objective", "--out", "--plan", "--seed", "--seq-length",
+        "--tokenizer", "--trace", "--trace-step", "--weight-decay",
+    ],
+    "capture": [],
+    "synth": ["--gradient-accumulation", "--json", "--micro-batch", "--model", "--objective", "--out", "--plan",
+              "--seq-length"],
+    "check": ["--json"],
+    "info": ["--json"],
+    "simulate": ["--cluster", "--json"],
+    "graph": ["--depth", "--out", "--rank"],
+    "report": [],
+}  # fmt: skip
+
+
+def test_the_surface_is_pinned() -> None:
+    context = cli.make_context("meshloom", ["--help"], resilient_parsing=True)
+    found = {}
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        found[name] = sorted(option for item in command.params for option in item.opts if option.startswith("--"))
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    text = CliRunner().invoke(cli, [name, "--help"]).output
+    assert f"meshloom {name}" in text.partition("Example")[2]
+
+
+def test_help_and_reading_a_trace_import_no_torch(demo_run: Path) -> None:
+    program = """
+import sys
+from meshloom.cli.__main__ import _run
+for arguments in (["--help"], ["check", sys.argv[1]], ["simulate", sys.argv[1]], ["report", sys.argv[1]]):
+    assert _run(arguments) == 0
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program, str(demo_run)], check=True, capture_output=True, timeout=60)
+
+
+TRAIN = ("train", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--data", "sample", "--max-steps", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("nosuch",), "No such command 'nosuch'"),
+        (("train",), "Missing option '--model'"),
+        ((*TRAIN, "--plan", "tp3"), "c_attn has 4 heads, which tp3 does not divide"),
+        ((*TRAIN, "--plan", "dp2.x"), "got 'x'; write degrees joined by dots"),
+        ((*TRAIN, "--plan", "dp4000000"), "use fewer ranks"),
+        ((*TRAIN, "--plan", "pp2"), "pipeline parallel is not built yet"),
+        ((*TRAIN, "--seq-length", "257"), "expected at most 256"),
+        ((*TRAIN, "--trace", "--trace-step", "2"), "expected at most --max-steps"),
+        ((*TRAIN, "--out", "file"), "expected to make a folder here"),
+        ((*TRAIN, "--out", "full"), "expected a new or empty folder"),
+        ((*TRAIN, "--data", "missing.json"), "there is no such file"),
+        ((*TRAIN, "--data", "file"), "expected JSON in SQuAD format"),
+        ((*TRAIN, "--data", "other.json"), "got no 'data'"),
+        ((*TRAIN, "--data", "zero.json"), "at least one question"),
+        ((*TRAIN, "--model", "./missing"), "no such path"),
+        ((*TRAIN, "--model", "full"), "expected a folder with config.json"),
+        ((*TRAIN, "--model", "other.json"), "a JSON object with a model_type"),
+        ((*TRAIN, "--model", "odd.json"), "transformers cannot read this config"),
+        ((*TRAIN, "--tokenizer", "full"), "expected a folder with a tokenizer"),
+        (("synth", "--model", "gpt2-tiny", "--plan", "dp2", "--out", "full"), "expected a new or empty folder"),
+        (("synth", "--model", "gpt2-tiny", "--plan", "tp8", "--out", "new"), "tp8 does not divide"),
+        (("check", "missing"), "No such file"),
+        (("check", "file"), "or no Chakra trace"),
+        (("check", "empty"), "the file is empty"),
+        (("simulate", "full"), "found none"),
+        (("report", "full"), "found neither"),
+        (("report", "missing"), "expected a run folder"),
+        (("capture", "full"), "rank<r>.host.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from meshloom.cli.__main__ import _run
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a Chakra trace, and no JSON either")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    (tmp_path / "zero.json").write_text('{"data": []}')
+    (tmp_path / "odd.json").write_text('{"model_type": "no-such-type"}')
+    before = sorted(tmp_path.rglob("*"))
+    assert _run(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+    assert said.startswith("meshloom: ")
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind, nothing is lost"
+
+
+def test_debug_shows_the_traceback(meshloom: Meshloom, tmp_path: Path) -> None:
+    result = meshloom("--debug", "check", str(tmp_path / "missing"))
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_results_as_json(demo_run: Path, meshloom: Meshloom) -> None:
+    assert json.loads(meshloom("check", str(demo_run), "--json").stdout) == []
+    told = json.loads(meshloom("simulate", str(demo_run), "--json").stdout)
+    assert told["world_size"] == 2
+    assert 0 < told["compute_share"] <= 1
+    facts = json.loads(meshloom("info", str(demo_run), "--json").stdout)
+    assert set(facts) == {"0", "1"}
+    assert facts["0"]["communication"]["all_reduce (dp)"]["bytes"] == 463_360 * 4
+
+
+def test_faults_give_exit_code_1(demo_run: Path, tmp_path: Path, meshloom: Meshloom) -> None:
+    import msgspec
+
+    from meshloom import Trace, read, write
+
+    trace = read(demo_run / "trace" / "rank0.et")
+    last = msgspec.structs.replace(trace.nodes[-1], data_deps=[10**9])
+    write(Trace(nodes=[*trace.nodes[:-1], last], attrs=trace.attrs), tmp_path / "rank0.et")
+    result = meshloom("check", str(tmp_path / "rank0.et"))
+    assert result.returncode == 1
+    assert "dangling-dependency" in result.stdout
