@@ -1,0 +1,106 @@
+"""Wall time and peak memory of the main job: the demo, and GPT-2 and BERT at their real sizes on real SQuAD.
+
+`python benchmarks/main_job.py` prints a table, `--json` the figures, `--write` puts the table into RESULTS.md.
+The real sizes need ../shared/data and are left out, with a line that says so, where that is absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+SQUAD = SHARED / "squad" / "squad-v1.1-train.rebuilt.json.gz"
+
+
+def cases() -> dict[str, list[str]]:
+    """Name -> the command line."""
+    found = {"demo": ["demo"]}
+    for model in ("gpt2", "bert-base-uncased"):
+        if SQUAD.is_file():
+            tokenizer = str(SHARED / "tokenizers" / model)
+            found[f"train {model}, dp2, 3 steps of 128 tokens, one recorded"] = [
+                "train", "--model", model, "--tokenizer", tokenizer, "--data", str(SQUAD), "--plan", "dp2",
+                "--max-steps", "3", "--seq-length", "128", "--trace",
+            ]  # fmt: skip
+    return found
+
+
+def measure(arguments: list[str]) -> dict[str, Any]:
+    """Run the command line in a process of its own: wall seconds, peak memory of its largest process, its faults."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        begin = time.monotonic()
+        command = [sys.executable, "-m", "meshloom.cli", *arguments, "--out", str(out)]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        wall_s = time.monotonic() - begin
+        peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        told = subprocess.run(
+            [sys.executable, "-m", "meshloom.cli", "check", str(out)], check=True, capture_output=True, text=True
+        )
+        losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {"wall_s": wall_s, "peak_mib": peak_mib, "first_loss": losses[0], "last_loss": losses[-1],
+            "check": told.stdout.strip()}  # fmt: skip
+
+
+def machine() -> str:
+    """The machine in words."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return (
+        f"{os.cpu_count()} cores of {model}, {memory:.0f} GB, {platform.system()}, Python {platform.python_version()}"
+    )
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    rows = ["| what | wall s | peak MiB of one process | loss | check |", "|---|---|---|---|---|"]
+    for name, told in results.items():
+        loss = f"{told['first_loss']:.3f} → {told['last_loss']:.3f}"
+        rows.append(f"| {name} | {told['wall_s']:.1f} | {told['peak_mib']:.0f} | {loss} | {told['check']} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure every case in a process of its own, so that each peak is its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(cases()[options.case])))
+        return
+    results = {}
+    for name in cases():
+        done = subprocess.run([sys.executable, __file__, "--case", name], check=True, capture_output=True, text=True)
+        results[name] = json.loads(done.stdout)
+    if not SQUAD.is_file():
+        print("left out: the real sizes, which need ../shared/data", file=sys.stderr)
+    if options.json:
+        print(json.dumps({"machine": machine(), "results": results}))
+        return
+    text = f"## The main job\n\n{date.today()}, {machine()}; `python benchmarks/main_job.py`\n\n{table(results)}\n"
+    print(text)
+    if options.write:
+        head = "# Results\n\nWritten by the scripts in this folder; each part names its machine.\n\n"
+        (ROOT / "benchmarks" / "RESULTS.md").write_text(head + text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
