@@ -20,7 +20,7 @@ OPTIONS = {
         "--max-grad-norm", "--max-steps", "--model", "--objective", "--out", "--plan", "--seed", "--seq-length",
         "--tokenizer", "--trace", "--trace-step", "--weight-decay",
     ],
-    "capture": [],
+    "capture": ["--json", "--out", "--rank"],
     "synth": ["--gradient-accumulation", "--json", "--micro-batch", "--model", "--objective", "--out", "--plan",
               "--seq-length"],
     "check": ["--json"],

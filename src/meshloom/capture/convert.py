@@ -1,83 +1,80 @@
-"""From linked ops to a Chakra trace. No torch.
+"""From linked ops and kernels to a Chakra trace. No torch.
 
-Which op did the work? The outermost one that is not composite, as a dispatcher below autograd would see it: that is
-what synthesis sees too. What lies inside it, and what only encloses it, stays in the trace as host scopes. A c10d op
-and the backend's event become one collective node.
+Which op did the work? On a device its kernels did. On the CPU it is the outermost op that is not composite, as a
+dispatcher below autograd would see it: that is what synthesis sees too. What lies inside it, and what only encloses
+it, stays in the trace as host scopes. A c10d op and what the backend ran for it become one collective node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
-import msgspec
-
-from meshloom.capture.link import Op, TensorRef, link
+from meshloom.capture.collectives import C10D, collective_named, is_communication, reduction_named
+from meshloom.capture.host import TensorRef, written
+from meshloom.capture.link import Launched, Linked, Op, backend_events, in_order, link, longest_kernels, own_times
+from meshloom.capture.notes import Notes, notes_of, read_notes
 from meshloom.chakra.build import Region, TraceBuilder
 from meshloom.chakra.cost import Cost, Tensor, cost
 from meshloom.chakra.file import write
-from meshloom.chakra.trace import CommType
+from meshloom.chakra.trace import CommType, Trace
 from meshloom.errors import TraceError
 
 MODULE = "module:"  # prefixes of scopes that name what the ops inside belong to
 PHASE = "phase:"
 
 _HOST = Cost(0, 0, "host")
+_PART = Cost(0, 0, "memory")  # a further kernel of an op whose cost another one carries
 _NUMBER_DTYPES = ("float64", "int64", "bool")  # what PyTorch makes of Python numbers
 
-# c10d op -> (what it is, index of the argument with this rank's input, of the one with its output)
-_COLLECTIVES: dict[str, tuple[CommType, int, int]] = {
-    "allreduce_": (CommType.ALL_REDUCE, 0, 0),
-    "allreduce_coalesced_": (CommType.ALL_REDUCE, 0, 0),
-    "broadcast_": (CommType.BROADCAST, 0, 0),
-    "reduce_": (CommType.REDUCE, 0, 0),
-    "allgather_": (CommType.ALL_GATHER, 1, 0),
-    "_allgather_base_": (CommType.ALL_GATHER, 1, 0),
-    "allgather_into_tensor_coalesced_": (CommType.ALL_GATHER, 1, 0),
-    "reduce_scatter_": (CommType.REDUCE_SCATTER, 1, 0),
-    "_reduce_scatter_base_": (CommType.REDUCE_SCATTER, 1, 0),
-    "reduce_scatter_tensor_coalesced_": (CommType.REDUCE_SCATTER, 1, 0),
-    "alltoall_": (CommType.ALL_TO_ALL, 1, 0),
-    "alltoall_base_": (CommType.ALL_TO_ALL, 1, 0),
-    "gather_": (CommType.GATHER, 1, 0),
-    "scatter_": (CommType.SCATTER, 1, 0),
-    "barrier": (CommType.BARRIER, 0, 0),
-}
+# Ops that others are made of, for host traces that came without a recorder's notes.
+_COMPOSITE = frozenset((
+    "aten::linear", "aten::matmul", "aten::to", "aten::contiguous", "aten::reshape", "aten::dropout",
+    "aten::layer_norm", "aten::softmax", "aten::log_softmax", "aten::cross_entropy_loss",
+    "aten::scaled_dot_product_attention", "aten::nll_loss", "aten::nll_loss_nd", "aten::flatten",
+    "aten::unflatten", "aten::einsum", "aten::conv1d", "aten::conv2d", "aten::batch_norm", "aten::group_norm",
+    "aten::rms_norm", "aten::instance_norm", "aten::max_pool2d", "aten::adaptive_avg_pool2d", "aten::chunk",
+    "aten::narrow", "aten::expand_as", "aten::type_as", "aten::square", "aten::std", "aten::var", "aten::tile",
+    "aten::repeat_interleave", "aten::pad", "aten::outer", "aten::lstm", "aten::gru", "aten::cosine_similarity",
+    "aten::dropout_", "aten::relu6",
+))  # fmt: skip
 
 
-class Notes(msgspec.Struct, frozen=True, kw_only=True):
-    """What the recorder knew besides PyTorch's files. `collectives`: (operation, group name), in order."""
+def convert_rank(
+    host: Path, device: Path, out: Path, *, notes: Path | None = None, rank: int | None = None
+) -> tuple[Trace, list[str]]:
+    """Write the Chakra trace of one rank to `out`; returns it, and what had to be repaired or left out.
 
-    rank: int
-    world_size: int
-    step: int
-    step_duration_ns: int
-    groups: dict[str, list[int]]
-    collectives: list[tuple[str, str]]
-    axes: dict[str, str]  # ranks joined by commas -> axis of the plan
-    composite_ops: list[str]
-    facts: dict[str, Any]
+    Without `notes`, rank and groups are taken from the device file. Raises TraceError, FolderError.
+    """
+    linked = link(host, device)
+    told = read_notes(notes) if notes is not None else notes_of(linked, rank)
+    trace = convert(linked, told)
+    write(trace, out)
+    return trace, linked.warnings
 
 
-def convert_rank(host: Path, device: Path, notes: Path, out: Path) -> Path:
-    """Write the Chakra trace of one rank from its three files and return its path; raises TraceError, FolderError."""
-    try:
-        told = msgspec.json.decode(notes.read_bytes(), type=Notes)
-    except (OSError, msgspec.DecodeError) as error:
-        raise TraceError(f"{notes}: expected the recorder's notes, got '{error}'") from error
-    return write(_Converter(link(host, device), told).trace(), out)
+def convert(linked: Linked, notes: Notes) -> Trace:
+    """The trace of one rank; what had to be left out is added to `linked.warnings`."""
+    return _Converter(linked, notes).trace()
+
+
+class _Group(NamedTuple):
+    ranks: list[int]
+    name: str | None  # pg_name where the ranks are not known
 
 
 class _Converter:
-    """Walks the ops of one rank in the order of their starts."""
+    """Walks the ops and kernels of one rank in the order in which the host started and launched them."""
 
-    def __init__(self, ops: list[Op], notes: Notes) -> None:
-        self.ops = ops
-        self.notes = notes
-        self.composite = set(notes.composite_ops)
-        self.base_ns = ops[0].start_ns if ops else 0
+    def __init__(self, linked: Linked, notes: Notes) -> None:
+        self.ops, self.notes, self.warnings = linked.ops, notes, linked.warnings
+        self.linked = linked
+        self.composite = _COMPOSITE if notes.composite_ops is None else frozenset(notes.composite_ops)
+        starts = [op.start_ns for op in linked.ops[:1]] + [item.kernel.start_ns for item in linked.kernels[:1]]
+        self.base_ns = min(starts, default=0)
         self.builder = TraceBuilder(
             rank=notes.rank,
             world_size=notes.world_size,
@@ -86,43 +83,58 @@ class _Converter:
             step_duration_ns=notes.step_duration_ns,
             **notes.facts,
         )
-        self.nodes: list[int | None] = [None] * len(ops)  # op -> node
-        self.inside_work = [False] * len(ops)
-        self.labels: list[tuple[str, str]] = [("", "")] * len(ops)  # op -> (phase, module)
+        self.nodes: list[int | None] = [None] * len(self.ops)  # op -> node
+        self.inside_work = [False] * len(self.ops)
+        self.labels: list[tuple[str, str]] = [("", "")] * len(self.ops)  # op -> (phase, module)
         self.module_of_sequence: dict[int, str] = {}
-        self.own_ns = _own_times(ops)
-        self.backend_events = _backend_events(ops)
-        self.backend_threads = {ops[index].thread for index in self.backend_events.values()} - {
-            op.thread for op in ops if op.name.startswith("c10d::")
+        self.own_ns = own_times(self.ops)
+        self.has_device = bool(linked.kernels)
+        self.longest = longest_kernels(linked.kernels)
+        self.backend_events = backend_events(self.ops)
+        self.backend_threads = {self.ops[index].thread for index in self.backend_events.values()} - {
+            op.thread for op in self.ops if op.name.startswith("c10d::")
         }
+        self.carried = {self._c10d_of(item.op) for item in linked.kernels if is_communication(item.kernel.name)}
         self.next_collective = 0
-        self.written_storages = {ref.storage for op in ops for ref in op.outputs if op.schema}
+        self.written_storages = {ref.storage for op in self.ops for ref in op.outputs if op.schema}
+        self.last_kernel: dict[int, int] = {}  # stream -> node
+        self.last_host: int | None = None
+        self.started_threads: set[int] = set()
+        self.waited: dict[int, list[int]] = {}  # thread -> kernels that it has waited for
 
-    def trace(self) -> Any:
-        """The trace of all ops."""
-        for index, op in enumerate(self.ops):
-            self._label(index, op)
-            # What a backend's own thread does is part of the collective it serves.
-            if op.name.startswith((PHASE, MODULE)) or self._is_backend(index, op):
-                continue
-            if op.name.startswith("c10d::"):
-                self._communicate(index, op)
-            elif op.parent >= 0 and self.inside_work[op.parent]:
-                self.inside_work[index] = True
-                self._scope(index, op)
-            elif op.name.startswith("_c10d_functional::"):
-                # It copies its input for the c10d op inside to change: the copy is part of the communication.
-                self.inside_work[index] = True
-                self._scope(index, op, moves=True)
-            elif op.schema and op.name not in self.composite and (work := self._work(op)).op_class != "host":
-                self.inside_work[index] = True
-                self._compute(index, op, work)
+    def trace(self) -> Trace:
+        """The trace of all ops and kernels."""
+        for item in in_order(self.linked):
+            if isinstance(item, int):
+                self._host(item, self.ops[item])
+            elif isinstance(item, Launched):
+                self._kernel(item)
             else:
-                self._scope(index, op)
+                streams = [item.stream] if item.stream in self.last_kernel else list(self.last_kernel)
+                self.waited[item.thread] = [self.last_kernel[stream] for stream in streams]
         return self.builder.finish()
 
-    def _is_backend(self, index: int, op: Op) -> bool:
-        return op.thread in self.backend_threads or op.name.startswith(("gloo:", "nccl:"))
+    # -- the host
+
+    def _host(self, index: int, op: Op) -> None:
+        self._label(index, op)
+        # What a backend's own thread does is part of the collective it serves.
+        if op.name.startswith((PHASE, MODULE)) or op.thread in self.backend_threads or op.name.startswith("gloo:"):
+            return
+        if op.name.startswith("c10d::") and self._communicates(index, op):
+            self._communicate(index, op)
+        elif self.has_device or (op.parent >= 0 and self.inside_work[op.parent]):
+            self.inside_work[index] = not self.has_device
+            self._scope(index, op)
+        elif op.name.startswith("_c10d_functional::"):
+            # It copies its input for the c10d op inside to change: the copy is part of the communication.
+            self.inside_work[index] = True
+            self._scope(index, op, moves=True)
+        elif op.schema and op.name not in self.composite and (work := self._work(op)).op_class != "host":
+            self.inside_work[index] = True
+            self._compute(index, op, work)
+        else:
+            self._scope(index, op)
 
     def _label(self, index: int, op: Op) -> None:
         phase, module = self.labels[op.parent] if op.parent >= 0 else ("", "")
@@ -146,21 +158,31 @@ class _Converter:
             "start_ns": op.start_ns - self.base_ns,
         }
 
-    def _parent_node(self, op: Op) -> list[int]:
+    def _before(self, op: Op) -> list[int]:
+        """What the host does first: the enclosing op; a thread's first op comes after what started it; and waits."""
+        before = self.waited.pop(op.thread, [])
+        if op.thread not in self.started_threads:
+            self.started_threads.add(op.thread)
+            before = [*before, *([self.last_host] if self.last_host is not None else [])]
+        parent = self._parent_node(op)
+        return before if parent is None else [*before, parent]
+
+    def _parent_node(self, op: Op) -> int | None:
         while op.parent >= 0:
             node = self.nodes[op.parent]
             if node is not None:
-                return [node]
+                return node
             op = self.ops[op.parent]
-        return []
+        return None
 
     def _scope(self, index: int, op: Op, *, moves: bool = False) -> None:
-        self.nodes[index] = self.builder.compute(
+        self.nodes[index] = self.last_host = self.builder.compute(
             op.name,
             cost=_HOST,
             is_cpu_op=True,
             scope=True,
-            after=self._parent_node(op),
+            lane=("thread", op.thread),
+            after=self._before(op),
             reads=[_region(ref) for refs in op.inputs for ref in refs] if moves else (),
             writes=[_region(ref) for ref in op.outputs] if moves else (),
             duration_ns=self.own_ns[index],
@@ -168,7 +190,11 @@ class _Converter:
         )
 
     def _work(self, op: Op) -> Cost:
-        return cost(op.name, [_tensor(ref) for ref in self._inputs(op)], [_tensor(ref) for ref in _written(op)])
+        return cost(
+            op.name,
+            [_tensor(ref) for ref in self._inputs(op)],
+            [_tensor(ref) for ref in written(op.inputs, op.outputs, op.schema)],
+        )
 
     def _inputs(self, op: Op) -> list[TensorRef]:
         """The op's input tensors without Python numbers, which reach an op as tensors () that nobody has written."""
@@ -179,74 +205,160 @@ class _Converter:
             if ref.shape or ref.dtype not in _NUMBER_DTYPES or ref.storage in self.written_storages
         ]
 
+    def _tensors(self, op: Op) -> dict[str, Any]:
+        """What the node of an op's work tells of its tensors."""
+        inputs, changed = self._inputs(op), written(op.inputs, op.outputs, op.schema)
+        return {
+            "inputs": [_tensor(ref) for ref in inputs],
+            "outputs": [_tensor(ref) for ref in changed],
+            "reads": [_region(ref) for ref in inputs],
+            "writes": [_region(ref) for ref in changed],
+            "dtype": (changed or inputs)[0].dtype if changed or inputs else "",
+        }
+
     def _compute(self, index: int, op: Op, work: Cost) -> None:
-        inputs, written = self._inputs(op), _written(op)
-        self.nodes[index] = self.builder.compute(
+        # Host threads hand over to each other in time; the ops of a step stand in one lane.
+        self.nodes[index] = self.last_host = self.builder.compute(
             op.name,
             cost=work,
-            inputs=[_tensor(ref) for ref in inputs],
-            outputs=[_tensor(ref) for ref in written],
-            reads=[_region(ref) for ref in inputs],
-            writes=[_region(ref) for ref in written],
-            # Host threads hand over to each other in time; the ops of a step stand in one lane.
             lane="compute",
-            after=self._parent_node(op),
+            after=self._before(op),
             is_cpu_op=True,
             duration_ns=op.duration_ns,
-            dtype=(written or inputs)[0].dtype if written or inputs else "",
+            **self._tensors(op),
             **self._attrs(index, op),
         )
+
+    # -- the device
+
+    def _kernel(self, item: Launched) -> None:
+        kernel = item.kernel
+        lane = ("stream", kernel.stream)
+        attrs: dict[str, Any] = {
+            "stream": kernel.stream,
+            "start_ns": kernel.start_ns - self.base_ns,
+            "duration_ns": kernel.duration_ns,
+        }
+        after = []
+        if item.op >= 0:
+            phase, module = self.labels[item.op]
+            attrs.update(phase=phase, module=module, rf_id=self.ops[item.op].rf_id)
+            launcher = self.nodes[item.op] or self._parent_node(self.ops[item.op])
+            after = [launcher] if launcher is not None else []
+        else:
+            self._warn_once(
+                f"{kernel.name.partition('(')[0]}: no launch of it is in the device file; it depends on its stream only"
+            )
+        if is_communication(kernel.name):
+            node = self._communication_kernel(item, after, attrs, lane)
+        else:
+            op = self._working_op(item.op)
+            told = self._tensors(op) if op is not None else {}
+            work = self._work(op) if op is not None and self.longest.get(item.op) is item else _PART
+            work = _PART if work.op_class == "host" else work
+            node = self.builder.compute(kernel.name, cost=work, lane=lane, after=after, **told, **attrs)
+        self.last_kernel[kernel.stream] = node
+
+    def _working_op(self, index: int) -> Op | None:
+        """The innermost op of the dispatcher around a launch: kernels do its work."""
+        while index >= 0 and not self.ops[index].schema:
+            index = self.ops[index].parent
+        return self.ops[index] if index >= 0 else None
+
+    def _communication_kernel(self, item: Launched, after: list[int], attrs: dict[str, Any], lane: Any) -> int:
+        kernel, chain = item.kernel, list(self._chain(item.op))
+        c10d = next((op for op in chain if op.name.startswith("c10d::")), None)
+        params = next((op for op in chain if op.name == "record_param_comms"), None)
+        said = str(kernel.args.get("Collective name", ""))
+        name = c10d.name.removeprefix("c10d::") if c10d is not None else ""
+        previous = [self.last_kernel[kernel.stream]] if kernel.stream in self.last_kernel else []
+        after = [*after, *previous]
+        if name in ("send", "recv_"):
+            return self._message(c10d, name, after, attrs) if c10d is not None else -1
+        names = [
+            said,
+            *(str(value) for value in (params.scalars if params else []) if isinstance(value, str)),
+            name,
+            kernel.name,
+        ]
+        kind = collective_named(*names)
+        if kind is None:
+            raise TraceError(
+                f"rank {self.notes.rank}: {kernel.name.partition('(')[0]} is a collective that neither "
+                f"its name nor the host trace tells"
+            )
+        _, source, target = C10D.get(name, (kind, 0, 0))
+        sent, received = (c10d.inputs[source], c10d.inputs[target]) if c10d is not None and c10d.inputs else ([], [])
+        group = self._group_of_kernel(kernel.args, params)
+        return self._collective(
+            kernel.name,
+            kind,
+            group,
+            sent,
+            received,
+            after,
+            attrs,
+            reduction=reduction_named(kernel.name),
+            args=kernel.args,
+        )
+
+    def _chain(self, index: int) -> Iterator[Op]:
+        while index >= 0:
+            yield self.ops[index]
+            index = self.ops[index].parent
+
+    def _c10d_of(self, index: int) -> int:
+        while index >= 0 and not self.ops[index].name.startswith("c10d::"):
+            index = self.ops[index].parent
+        return index
+
+    def _group_of_kernel(self, args: dict[str, Any], params: Op | None) -> _Group:
+        ranks = _numbers(args.get("Process Group Ranks"))
+        if ranks:
+            return _Group(ranks, None)
+        name = str(args.get("Process Group Name", ""))
+        if name in self.notes.groups:
+            return _Group(self.notes.groups[name], None)
+        size = args.get("Group size") or (params.scalars[-1] if params is not None and params.scalars else None)
+        if size == self.notes.world_size:
+            return _Group(list(range(self.notes.world_size)), None)
+        self._warn_once(f"a process group of {size} ranks is not listed in the device file; its ranks are left out")
+        key = name or str(params.scalars[2] if params is not None and len(params.scalars) > 2 else size)
+        return _Group([], str(2 + crc32(key.encode()) % ((1 << 31) - 3)))
+
+    # -- communication
+
+    def _communicates(self, index: int, op: Op) -> bool:
+        if not self.has_device or index in self.backend_events:
+            return True
+        if index not in self.carried:
+            self._warn_once(f"{op.name}: the device file holds no kernel of it; it stays a host op")
+        return False
 
     def _communicate(self, index: int, op: Op) -> None:
         name = op.name.removeprefix("c10d::")
         self.inside_work[index] = True
         event = self.ops[self.backend_events[index]] if index in self.backend_events else op
-        attrs = {**self._attrs(index, op), "start_ns": event.start_ns - self.base_ns}
-        after = self._parent_node(op)
+        attrs = {**self._attrs(index, op), "start_ns": event.start_ns - self.base_ns, "duration_ns": event.duration_ns}
+        after = self._before(op)
         if name in ("send", "recv_"):
-            refs = op.inputs[0]
-            peer, tag = int(op.scalars[2]), int(op.scalars[3])
-            source, destination = (self.notes.rank, peer) if name == "send" else (peer, self.notes.rank)
-            regions = [_region(ref) for ref in refs]
-            self.nodes[index] = self.builder.message(
-                op.name,
-                source=source,
-                destination=destination,
-                tag=tag,
-                num_bytes=_num_bytes(refs),
-                reads=regions if name == "send" else (),
-                writes=() if name == "send" else regions,
-                after=after,
-                duration_ns=event.duration_ns,
-                **attrs,
-            )
+            self.nodes[index] = self._message(op, name, after, attrs)
             return
-        if name not in _COLLECTIVES:
+        if name not in C10D:
             raise TraceError(f"rank {self.notes.rank}: {op.name} is a c10d op that the converter does not know")
-        comm_type, source_arg, target_arg = _COLLECTIVES[name]
-        ranks = self._ranks(op)
-        sent, received = op.inputs[source_arg], op.inputs[target_arg]
-        self.nodes[index] = self.builder.collective(
-            op.name,
-            comm_type=comm_type,
-            ranks=ranks,
-            num_bytes=_num_bytes(sent),
-            output_bytes=_num_bytes(received),
-            dtype=sent[0].dtype if sent else "",
-            axis=self.notes.axes.get(",".join(map(str, ranks)), ""),
-            reads=[_region(ref) for ref in sent],
-            writes=[_region(ref) for ref in received],
-            after=after,
-            duration_ns=event.duration_ns,
-            **attrs,
+        kind, source, target = C10D[name]
+        self.nodes[index] = self._collective(
+            op.name, kind, self._noted_group(op), op.inputs[source], op.inputs[target], after, attrs
         )
 
-    def _ranks(self, op: Op) -> list[int]:
+    def _noted_group(self, op: Op) -> _Group:
         """The ranks of the op's group: the recorder noted every collective's group, in the order of their issue."""
         if self.next_collective >= len(self.notes.collectives):
+            if len(set(map(tuple, self.notes.groups.values()))) <= 1:  # there is only one group it can be
+                return _Group(next(iter(self.notes.groups.values()), list(range(self.notes.world_size))), None)
             raise TraceError(
-                f"rank {self.notes.rank}: expected a note of the group of {op.name}, the recorder noted "
-                f"{len(self.notes.collectives)} collectives only"
+                f"rank {self.notes.rank}: expected a note of the group of {op.name}, which PyTorch's "
+                "files omit on gloo; record with meshloom, which notes it"
             )
         _, group = self.notes.collectives[self.next_collective]
         self.next_collective += 1
@@ -254,43 +366,85 @@ class _Converter:
             raise TraceError(
                 f"rank {self.notes.rank}: {op.name} ran in group {group!r}, which the recorder does not know"
             )
-        return self.notes.groups[group]
+        return _Group(self.notes.groups[group], None)
+
+    def _collective(
+        self,
+        name: str,
+        kind: CommType,
+        group: _Group,
+        sent: Sequence[TensorRef],
+        received: Sequence[TensorRef],
+        after: list[int],
+        attrs: dict[str, Any],
+        *,
+        reduction: str = "",
+        args: dict[str, Any] | None = None,
+    ) -> int:
+        size, output = _num_bytes(sent), _num_bytes(received)
+        dtype = sent[0].dtype if sent else ""
+        if not size and args:  # newer device files tell what the host trace may lack
+            itemsize = _ITEMSIZES.get(str(args.get("dtype", "")), 1)
+            size = int(args.get("In msg nelems", 0)) * itemsize
+            output = int(args.get("Out msg nelems", 0)) * itemsize
+        if group.name is not None:
+            attrs = {**attrs, "pg_name": group.name}
+        return self.builder.collective(
+            name,
+            comm_type=kind,
+            ranks=group.ranks,
+            num_bytes=size,
+            output_bytes=output,
+            dtype=dtype,
+            reduction=reduction,
+            axis=self.notes.axes.get(",".join(map(str, group.ranks)), ""),
+            reads=[_region(ref) for ref in sent],
+            writes=[_region(ref) for ref in received],
+            after=after,
+            **attrs,
+        )
+
+    def _message(self, op: Op, name: str, after: list[int], attrs: dict[str, Any]) -> int:
+        refs = op.inputs[0]
+        peer, tag = int(op.scalars[2]), int(op.scalars[3])
+        source, destination = (self.notes.rank, peer) if name == "send" else (peer, self.notes.rank)
+        regions = [_region(ref) for ref in refs]
+        return self.builder.message(
+            op.name,
+            source=source,
+            destination=destination,
+            tag=tag,
+            num_bytes=_num_bytes(refs),
+            reads=regions if name == "send" else (),
+            writes=() if name == "send" else regions,
+            after=after,
+            **attrs,
+        )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
 
-def _own_times(ops: Sequence[Op]) -> list[int]:
-    """Each op's duration without that of the ops directly inside it."""
-    own = [op.duration_ns for op in ops]
-    for op in ops:
-        if op.parent >= 0:
-            own[op.parent] -= op.duration_ns
-    return [max(0, duration) for duration in own]
+_ITEMSIZES = {
+    "Byte": 1,
+    "Char": 1,
+    "Bool": 1,
+    "Half": 2,
+    "BFloat16": 2,
+    "Short": 2,
+    "Int": 4,
+    "Float": 4,
+    "Long": 8,
+    "Double": 8,
+}
 
 
-def _backend_events(ops: Sequence[Op]) -> dict[int, int]:
-    """c10d op -> the backend's event that did it: the first with a higher id, before the next c10d op's id."""
-    issued = sorted((op.rf_id, index) for index, op in enumerate(ops) if op.name.startswith("c10d::"))
-    events = sorted((op.rf_id, index) for index, op in enumerate(ops) if op.name.startswith(("gloo:", "nccl:")))
-    found: dict[int, int] = {}
-    for (rf_id, index), (next_id, _) in pairwise([*issued, (1 << 62, -1)]):
-        event = next((event for event_id, event in events if rf_id < event_id < next_id), None)
-        if event is not None:
-            found[index] = event
-    return found
-
-
-def _written(op: Op) -> list[TensorRef]:
-    """What the op writes: its outputs, and the arguments that its schema marks with an exclamation mark."""
-    written = {(ref.storage, ref.begin, ref.end): ref for ref in op.outputs}
-    for argument, refs in zip(_argument_texts(op.schema), op.inputs):
-        if "!" in argument.split(" ")[0]:
-            written.update({(ref.storage, ref.begin, ref.end): ref for ref in refs})
-    return list(written.values())
-
-
-def _argument_texts(schema: str) -> list[str]:
-    """`aten::add_(Tensor(a!) self, Scalar other) -> …`: the text of each argument."""
-    inside = schema.partition("(")[2].rpartition(") -> ")[0]
-    return [text for text in inside.replace("*, ", "").split(", ") if text]
+def _numbers(value: Any) -> list[int]:
+    """The ranks in a text such as "[0, 1]", or a list of them."""
+    if isinstance(value, list):
+        return [int(item) for item in value if isinstance(item, int)]
+    return [int(item) for item in str(value or "").strip("[]").split(",") if item.strip().isdecimal()]
 
 
 def _tensor(ref: TensorRef) -> Tensor:

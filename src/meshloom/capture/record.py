@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile, record_function
 
-from meshloom.capture.convert import MODULE, Notes, convert_rank
+from meshloom.capture.convert import MODULE, convert_rank
+from meshloom.capture.notes import Notes
 from meshloom.chakra.file import whole_file
 from meshloom.errors import FolderError
 
@@ -90,7 +91,7 @@ class Recorder:
         )
         with whole_file(notes) as file:
             file.write(msgspec.json.format(msgspec.json.encode(told), indent=1))
-        convert_rank(host, device, notes, name.with_suffix(".et"))
+        convert_rank(host, device, name.with_suffix(".et"), notes=notes)
 
 
 @contextmanager

@@ -117,12 +117,12 @@ class TraceBuilder:
             "comm_output_size": output_bytes,
             "comm_reduction": reduction,
             "pg_name": group_id(ranks, self.world_size),
-            "comm_ranks": list(ranks),
+            "comm_ranks": list(ranks) or "",  # left out where it is not known
             "comm_axis": axis,
             "dtype": dtype,
             **attrs,
         }
-        lane = ("group", tuple(ranks))
+        lane = ("group", attrs["pg_name"])
         return self._add(name, NodeType.COMM_COLL, reads, writes, lane, after, start_ns, duration_ns, attrs)
 
     def message(

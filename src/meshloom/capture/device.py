@@ -1,0 +1,148 @@
+"""Read Kineto's device trace: when each host op ran, what it launched, and what ran on the device. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from meshloom.capture.repair import read_json
+
+_HOST = ("cpu_op", "user_annotation")
+_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_LAUNCH = ("cuda_runtime", "cuda_driver", "hip_runtime", "xpu_runtime", "privateuse1_runtime")
+
+
+class HostEvent(msgspec.Struct, kw_only=True):
+    """A host op's time; `rf_id` is -1 where the file does not tell it."""
+
+    name: str
+    thread: int
+    start_ns: int
+    duration_ns: int
+    rf_id: int
+    sequence: int
+
+
+class Launch(msgspec.Struct, kw_only=True):
+    """A call of the driver or runtime: it may launch what carries its correlation, or wait for the device."""
+
+    name: str
+    thread: int
+    start_ns: int
+    duration_ns: int
+    correlation: int
+    stream: int
+
+
+class Kernel(msgspec.Struct, kw_only=True):
+    """What ran on a stream of the device: a kernel, a copy or a fill (`kind`). `args` are Kineto's own."""
+
+    name: str
+    kind: str
+    stream: int
+    start_ns: int
+    duration_ns: int
+    correlation: int
+    args: dict[str, Any]
+
+
+class DeviceTrace(msgspec.Struct, kw_only=True):
+    """A device file: host events, launches and kernels, each in the order of their starts; rank -1 where not told."""
+
+    host: list[HostEvent]
+    launches: list[Launch]
+    kernels: list[Kernel]
+    rank: int
+    world_size: int
+    groups: dict[str, list[int]]
+
+
+class _Event(msgspec.Struct):
+    ph: str = ""
+    cat: str | None = None
+    name: str = ""
+    ts: float = 0.0
+    dur: float = 0.0
+    tid: int | str = 0
+    args: dict[str, Any] = {}
+
+
+class _Trace(msgspec.Struct):
+    traceEvents: list[_Event]  # noqa: N815 - Kineto's own name
+    distributedInfo: dict[str, Any] = {}  # noqa: N815
+
+
+def read_device(path: Path, warnings: list[str]) -> DeviceTrace:
+    """The device trace in `path`; raises TraceError."""
+    trace = read_json(path, _Trace, "a Kineto trace", warnings)
+    host: list[HostEvent] = []
+    launches: list[Launch] = []
+    kernels: list[Kernel] = []
+    for event in trace.traceEvents:
+        if event.ph != "X" or event.cat is None:
+            continue
+        args = event.args
+        # the file counts microseconds; everything inside is nanoseconds
+        start_ns, duration_ns = round(event.ts * 1000), round(event.dur * 1000)
+        if event.cat in _HOST:
+            host.append(
+                HostEvent(
+                    name=event.name,
+                    thread=_number(event.tid),
+                    start_ns=start_ns,
+                    duration_ns=duration_ns,
+                    rf_id=int(args.get("Record function id", -1)),
+                    sequence=int(args.get("Sequence number", -1)),
+                )
+            )
+        elif event.cat in _DEVICE:
+            kernels.append(
+                Kernel(
+                    name=event.name,
+                    kind=event.cat,
+                    stream=_number(args.get("stream", event.tid)),
+                    start_ns=start_ns,
+                    duration_ns=duration_ns,
+                    correlation=_number(args.get("correlation", -1)),
+                    args=args,
+                )
+            )
+        elif event.cat in _LAUNCH:
+            launches.append(
+                Launch(
+                    name=event.name,
+                    thread=_number(event.tid),
+                    start_ns=start_ns,
+                    duration_ns=duration_ns,
+                    correlation=_number(args.get("correlation", -1)),
+                    stream=_number(args.get("stream", -1)),
+                )
+            )
+    host.sort(key=lambda event: (event.start_ns, -event.duration_ns))
+    launches.sort(key=lambda event: event.start_ns)
+    kernels.sort(key=lambda event: (event.start_ns, event.stream))
+    told = trace.distributedInfo
+    return DeviceTrace(
+        host=host,
+        launches=launches,
+        kernels=kernels,
+        rank=int(told.get("rank", -1)),
+        world_size=int(told.get("world_size", 0)),
+        groups=_groups(told.get("pg_config")),
+    )
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else int(value) if str(value).lstrip("-").isdecimal() else -1
+
+
+def _groups(told: Any) -> dict[str, list[int]]:
+    """Process group name -> ranks, where the file lists them."""
+    entries = told if isinstance(told, list) else []
+    return {
+        str(entry["pg_name"]): list(entry["ranks"])
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("ranks"), list) and "pg_name" in entry
+    }

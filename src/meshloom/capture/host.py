@@ -1,0 +1,191 @@
+"""Read PyTorch's host execution trace, schemas 1.0.1 to 1.1.1, into ops that do not know which it was. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from meshloom.capture.repair import read_json
+from meshloom.errors import TraceError
+
+_ROOTS = ("[pytorch|", "## process_group")  # nodes that stand for a process, a thread, or facts, not for something run
+
+
+class TensorRef(msgspec.Struct, frozen=True):
+    """A tensor of an op: where it lies in its storage (bytes), its shape, its element."""
+
+    storage: int
+    begin: int
+    end: int
+    shape: tuple[int, ...]
+    itemsize: int
+    dtype: str
+
+
+class HostOp(msgspec.Struct, kw_only=True):
+    """One op as the host trace tells it; `thread` is the trace's own number, `inputs` has each argument's tensors."""
+
+    rf_id: int
+    name: str
+    schema: str
+    thread: int
+    sequence: int
+    inputs: list[list[TensorRef]]
+    outputs: list[TensorRef]
+    scalars: list[Any]
+
+
+class _Attr(msgspec.Struct):
+    name: str
+    value: Any = None
+
+
+class _Io(msgspec.Struct):
+    values: list[Any] = []
+    shapes: list[Any] = []
+    types: list[Any] = []
+    strides: list[Any] = []
+
+
+class _Node(msgspec.Struct):
+    """A node of any schema: up to 1.0.1 its facts are fields, later they are attributes."""
+
+    id: int
+    name: str
+    inputs: _Io | list[Any]
+    outputs: _Io | list[Any]
+    attrs: list[_Attr] = []
+    input_shapes: list[Any] = []
+    input_types: list[Any] = []
+    output_shapes: list[Any] = []
+    output_types: list[Any] = []
+    rf_id: int = 0
+    tid: int = 0
+    seq_id: int = -1
+    op_schema: str = ""
+
+
+class _Trace(msgspec.Struct):
+    schema: str
+    nodes: list[_Node]
+
+
+def read_host(path: Path, warnings: list[str]) -> list[HostOp]:
+    """The ops of a host trace that ran, in the order of their starts; raises TraceError."""
+    trace = read_json(path, _Trace, "a PyTorch execution trace", warnings)
+    version = trace.schema.partition("-")[0]
+    if version not in ("1.0.1", "1.0.2", "1.0.3", "1.1.0", "1.1.1"):
+        raise TraceError(f"{path}: expected schema 1.0.1 to 1.1.1 of PyTorch's execution trace, got {trace.schema!r}")
+    ops = [_op(node) for node in trace.nodes if not node.name.startswith(_ROOTS)]
+    ops.sort(key=lambda op: op.rf_id)
+    return ops
+
+
+def _op(node: _Node) -> HostOp:
+    if isinstance(node.inputs, list) or isinstance(node.outputs, list):
+        inputs = _Io(node.inputs if isinstance(node.inputs, list) else [], node.input_shapes, node.input_types)
+        outputs = _Io(node.outputs if isinstance(node.outputs, list) else [], node.output_shapes, node.output_types)
+        facts: dict[str, Any] = {
+            "rf_id": node.rf_id,
+            "tid": node.tid,
+            "seq_id": node.seq_id,
+            "op_schema": node.op_schema,
+        }
+    else:
+        inputs, outputs = node.inputs, node.outputs
+        facts = {attr.name: attr.value for attr in node.attrs}
+    values, scalars = _arguments(inputs)
+    return HostOp(
+        rf_id=int(facts.get("rf_id", 0)),
+        name=node.name,
+        schema=str(facts.get("op_schema", "")),
+        thread=int(facts.get("tid", 0)),
+        sequence=int(facts.get("seq_id", -1)),
+        inputs=values,
+        outputs=[ref for refs in _arguments(outputs)[0] for ref in refs],
+        scalars=scalars,
+    )
+
+
+def _arguments(io: _Io) -> tuple[list[list[TensorRef]], list[Any]]:
+    tensors: list[list[TensorRef]] = []
+    scalars: list[Any] = []
+    for index, value in enumerate(io.values):
+        if not isinstance(value, list):
+            tensors.append([])
+            scalars.append(value)
+            continue
+        shape = io.shapes[index] if index < len(io.shapes) else []
+        strides = io.strides[index] if index < len(io.strides) else []
+        types = str(io.types[index]) if index < len(io.types) else ""
+        refs = list(_refs(value, shape, strides, types))
+        tensors.append(refs)
+        scalars.append(None if refs else value)
+    return tensors, scalars
+
+
+def _refs(value: Any, shape: Any, strides: Any, types: str) -> Iterator[TensorRef]:
+    """The tensors of one argument: itself, or those of its (nested) lists, in their order."""
+    if "Tensor" not in types:
+        return
+    names = [name.partition(")")[0] for name in types.split("Tensor(")[1:]]
+    todo, count = [(value, shape, strides)], 0
+    while todo:
+        value, shape, strides = todo.pop()
+        if not isinstance(value, list):
+            continue
+        if len(value) == 6 and isinstance(value[5], str) and not isinstance(value[0], list):
+            dtype = names[min(count, len(names) - 1)] if names else ""
+            count += 1
+            if value[4]:  # an undefined tensor has elements of no size
+                yield _ref(value, shape, strides, dtype)
+        else:
+            pieces = [list(piece) if isinstance(piece, list) else [] for piece in (shape, strides)]
+            padded = [piece + [[]] * (len(value) - len(piece)) for piece in pieces]
+            todo += reversed(list(zip(value, *padded)))
+
+
+def _ref(value: list[Any], shape: Any, strides: Any, dtype: str) -> TensorRef:
+    _, storage, offset, num_elements, itemsize, _ = value
+    dims = tuple(shape) if isinstance(shape, list) and all(isinstance(dim, int) for dim in shape) else (num_elements,)
+    extent = num_elements
+    if strides and len(strides) == len(dims) and num_elements:
+        extent = 1
+        for dim, stride in zip(dims, strides):
+            extent += (dim - 1) * stride
+    begin = offset * itemsize
+    return TensorRef(storage, begin, begin + extent * itemsize, dims, itemsize, _DTYPES.get(dtype, dtype))
+
+
+# What the host trace calls element types -> what everyone else does.
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "c10::Half": "float16",
+    "c10::BFloat16": "bfloat16",
+    "long int": "int64",
+    "long": "int64",
+    "int": "int32",
+    "short int": "int16",
+    "signed char": "int8",
+    "unsigned char": "uint8",
+}
+
+
+def written(inputs: list[list[TensorRef]], outputs: list[TensorRef], schema: str) -> list[TensorRef]:
+    """What the op writes: its outputs, and the arguments that its schema marks with an exclamation mark."""
+    changed = {(ref.storage, ref.begin, ref.end): ref for ref in outputs}
+    if "!" in schema:
+        for argument, refs in zip(_argument_texts(schema), inputs):
+            if "!" in argument.split(" ")[0]:
+                changed.update({(ref.storage, ref.begin, ref.end): ref for ref in refs})
+    return list(changed.values())
+
+
+def _argument_texts(schema: str) -> list[str]:
+    """`aten::add_(Tensor(a!) self, Scalar other) -> …`: the text of each argument."""
+    inside = schema.partition("(")[2].rpartition(") -> ")[0]
+    return [text for text in inside.replace("*, ", "").split(", ") if text]
