@@ -18,7 +18,7 @@ from meshloom.capture.link import Launched, Linked, Op, backend_events, in_order
 from meshloom.capture.notes import Notes, notes_of, read_notes
 from meshloom.chakra.build import Region, TraceBuilder
 from meshloom.chakra.cost import Cost, Tensor, cost
-from meshloom.chakra.file import write
+from meshloom.chakra.file import paused_collection, write
 from meshloom.chakra.trace import CommType, Trace
 from meshloom.errors import TraceError
 
@@ -49,10 +49,11 @@ def convert_rank(
 
     Without `notes`, rank and groups are taken from the device file. Raises TraceError, FolderError.
     """
-    linked = link(host, device)
-    told = read_notes(notes) if notes is not None else notes_of(linked, rank)
-    trace = convert(linked, told)
-    write(trace, out)
+    with paused_collection():
+        linked = link(host, device)
+        told = read_notes(notes) if notes is not None else notes_of(linked, rank)
+        trace = convert(linked, told)
+        write(trace, out)
     return trace, linked.warnings
 
 

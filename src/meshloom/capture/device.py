@@ -14,7 +14,7 @@ _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCH = ("cuda_runtime", "cuda_driver", "hip_runtime", "xpu_runtime", "privateuse1_runtime")
 
 
-class HostEvent(msgspec.Struct, kw_only=True):
+class HostEvent(msgspec.Struct, kw_only=True, gc=False):
     """A host op's time; `rf_id` is -1 where the file does not tell it."""
 
     name: str
@@ -25,7 +25,7 @@ class HostEvent(msgspec.Struct, kw_only=True):
     sequence: int
 
 
-class Launch(msgspec.Struct, kw_only=True):
+class Launch(msgspec.Struct, kw_only=True, gc=False):
     """A call of the driver or runtime: it may launch what carries its correlation, or wait for the device."""
 
     name: str
@@ -36,7 +36,7 @@ class Launch(msgspec.Struct, kw_only=True):
     stream: int
 
 
-class Kernel(msgspec.Struct, kw_only=True):
+class Kernel(msgspec.Struct, kw_only=True, gc=False):
     """What ran on a stream of the device: a kernel, a copy or a fill (`kind`). `args` are Kineto's own."""
 
     name: str
@@ -48,7 +48,7 @@ class Kernel(msgspec.Struct, kw_only=True):
     args: dict[str, Any]
 
 
-class DeviceTrace(msgspec.Struct, kw_only=True):
+class DeviceTrace(msgspec.Struct, kw_only=True, gc=False):
     """A device file: host events, launches and kernels, each in the order of their starts; rank -1 where not told."""
 
     host: list[HostEvent]
@@ -59,7 +59,7 @@ class DeviceTrace(msgspec.Struct, kw_only=True):
     groups: dict[str, list[int]]
 
 
-class _Event(msgspec.Struct):
+class _Event(msgspec.Struct, gc=False):
     ph: str = ""
     cat: str | None = None
     name: str = ""
@@ -69,7 +69,7 @@ class _Event(msgspec.Struct):
     args: dict[str, Any] = {}
 
 
-class _Trace(msgspec.Struct):
+class _Trace(msgspec.Struct, gc=False):
     traceEvents: list[_Event]  # noqa: N815 - Kineto's own name
     distributedInfo: dict[str, Any] = {}  # noqa: N815
 

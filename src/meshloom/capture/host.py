@@ -14,7 +14,7 @@ from meshloom.errors import TraceError
 _ROOTS = ("[pytorch|", "## process_group")  # nodes that stand for a process, a thread, or facts, not for something run
 
 
-class TensorRef(msgspec.Struct, frozen=True):
+class TensorRef(msgspec.Struct, frozen=True, gc=False):
     """A tensor of an op: where it lies in its storage (bytes), its shape, its element."""
 
     storage: int
@@ -25,7 +25,7 @@ class TensorRef(msgspec.Struct, frozen=True):
     dtype: str
 
 
-class HostOp(msgspec.Struct, kw_only=True):
+class HostOp(msgspec.Struct, kw_only=True, gc=False):
     """One op as the host trace tells it; `thread` is the trace's own number, `inputs` has each argument's tensors."""
 
     rf_id: int
@@ -38,19 +38,19 @@ class HostOp(msgspec.Struct, kw_only=True):
     scalars: list[Any]
 
 
-class _Attr(msgspec.Struct):
+class _Attr(msgspec.Struct, gc=False):
     name: str
     value: Any = None
 
 
-class _Io(msgspec.Struct):
+class _Io(msgspec.Struct, gc=False):
     values: list[Any] = []
     shapes: list[Any] = []
     types: list[Any] = []
     strides: list[Any] = []
 
 
-class _Node(msgspec.Struct):
+class _Node(msgspec.Struct, gc=False):
     """A node of any schema: up to 1.0.1 its facts are fields, later they are attributes."""
 
     id: int
@@ -68,7 +68,7 @@ class _Node(msgspec.Struct):
     op_schema: str = ""
 
 
-class _Trace(msgspec.Struct):
+class _Trace(msgspec.Struct, gc=False):
     schema: str
     nodes: list[_Node]
 
@@ -119,6 +119,11 @@ def _arguments(io: _Io) -> tuple[list[list[TensorRef]], list[Any]]:
             scalars.append(value)
             continue
         shape = io.shapes[index] if index < len(io.shapes) else []
+        if len(value) == 6 and isinstance(value[5], str) and value[4] and isinstance(value[0], int):
+            dtype = str(io.types[index])[7:-1] if index < len(io.types) else ""  # Tensor(float)
+            tensors.append([_ref(value, shape, io.strides[index] if index < len(io.strides) else [], dtype)])
+            scalars.append(None)
+            continue
         strides = io.strides[index] if index < len(io.strides) else []
         types = str(io.types[index]) if index < len(io.types) else ""
         refs = list(_refs(value, shape, strides, types))

@@ -21,7 +21,7 @@ from meshloom.capture.host import HostOp, TensorRef, read_host
 from meshloom.errors import TraceError
 
 
-class Op(msgspec.Struct, kw_only=True):
+class Op(msgspec.Struct, kw_only=True, gc=False):
     """One op of the host, timed: `parent` is the index of the op that encloses it, -1 if none does."""
 
     rf_id: int
@@ -42,7 +42,7 @@ class Op(msgspec.Struct, kw_only=True):
         return self.start_ns + self.duration_ns
 
 
-class Launched(msgspec.Struct, frozen=True):
+class Launched(msgspec.Struct, frozen=True, gc=False):
     """A kernel, the op that launched it (its index, -1 if none is known), and when that was."""
 
     kernel: Kernel
@@ -50,7 +50,7 @@ class Launched(msgspec.Struct, frozen=True):
     launched_ns: int
 
 
-class Linked(msgspec.Struct, kw_only=True):
+class Linked(msgspec.Struct, kw_only=True, gc=False):
     """One rank: ops in the order of their starts, kernels in the order of their launches, calls that waited for the
     device, and what had to be repaired or left out."""
 

@@ -6,6 +6,7 @@ and that a broken file raises TraceError with the byte where it broke. Does not 
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import zlib
@@ -17,10 +18,12 @@ from typing import IO, Any
 from google.protobuf.message import DecodeError
 
 from meshloom.chakra import et_def_pb2 as _generated
-from meshloom.chakra.trace import ATTRIBUTES, Kind, Node, NodeType, Trace, Typed
+from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder
+from meshloom.chakra.trace import Node, NodeType, Trace
 from meshloom.errors import FolderError, TraceError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
+_TYPES = tuple(NodeType)
 _MAX_MESSAGE = 1 << 30  # a length beyond this is a broken file, not a node
 
 
@@ -43,14 +46,26 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """Within this, Python does not look for garbage: among millions of new objects it finds none, and takes longer
+    than all the rest."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def write(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path` (gzip if it ends in .gz) and return the path; raises FolderError."""
     path = Path(path)
     with whole_file(path) as file:
         # mtime=0: the same trace gives the same bytes
         stream: Any = gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") if path.suffix == ".gz" else file
-        for message in _encode(trace):
-            body = message.SerializeToString()
+        for body in _encode(trace):
             stream.write(_varint(len(body)))
             stream.write(body)
         if stream is not file:
@@ -73,10 +88,17 @@ def read(path: str | Path) -> Trace:
     if not data:
         raise TraceError(f"{path}: expected a Chakra trace (.et or .et.gz), the file is empty")
     meta = _parse(et_def_pb2.GlobalMetadata, first, path, offset)
+    decoder = AttributeDecoder()
     if not meta.version and not meta.attr and len(first):
         raise TraceError(f"{path}: byte {offset}: expected GlobalMetadata as the first message; not a Chakra trace")
-    nodes = [_decode(_parse(et_def_pb2.Node, body, path, offset)) for offset, body in messages]
-    return Trace(nodes=nodes, attrs=_attrs(meta.attr), version=meta.version)
+    try:
+        with paused_collection():
+            nodes = [_decode(_parse(et_def_pb2.RawNode, body, path, offset), decoder) for offset, body in messages]
+        attrs = dict(decoder(attr.SerializeToString()) for attr in meta.attr)
+    except DecodeError as error:
+        raise TraceError(f"{path}: expected attributes in every node; damaged, or no Chakra trace") from error
+    attrs.pop("", None)
+    return Trace(nodes=nodes, attrs=attrs, version=meta.version)
 
 
 def read_all(where: str | Path) -> dict[int, Trace]:
@@ -145,84 +167,44 @@ def _parse(kind: Any, body: bytes, path: Path, offset: int) -> Any:
         ) from error
 
 
-def _encode(trace: Trace) -> Iterable[Any]:
+def _encode(trace: Trace) -> Iterable[bytes]:
     meta = et_def_pb2.GlobalMetadata(version=trace.version)
-    _set_attrs(meta.attr, trace.attrs)
-    yield meta
+    encoder = AttributeEncoder()
+    meta.attr.extend(et_def_pb2.AttributeProto.FromString(encoder(*item)) for item in trace.attrs.items())
+    yield meta.SerializeToString()
+    raw_node = et_def_pb2.RawNode
     for node in trace.nodes:
+        start_ns, duration_ns = node.start_ns, node.duration_ns
+        attrs = [encoder(name, value) for name, value in node.attrs.items()]
+        if start_ns % 1000 or duration_ns % 1000:
+            attrs += encoder("start_ns", start_ns), encoder("duration_ns", duration_ns)
         # micros are for others: start rounded down, duration up, so that nothing measured becomes 0
-        message = et_def_pb2.Node(
+        message = raw_node(
             id=node.id,
             name=node.name,
-            type=int(node.type),
+            type=node.type,
             ctrl_deps=node.ctrl_deps,
             data_deps=node.data_deps,
-            start_time_micros=node.start_ns // 1000,
-            duration_micros=-(-node.duration_ns // 1000),
+            start_time_micros=start_ns // 1000,
+            duration_micros=-(-duration_ns // 1000),
+            attr=attrs,
         )
-        for field, info in (("inputs", node.inputs), ("outputs", node.outputs)):
-            if info is not None:
-                io = getattr(message, field)
-                io.values, io.shapes, io.types = info
-        if node.start_ns % 1000 or node.duration_ns % 1000:
-            _set_attrs(message.attr, {"start_ns": node.start_ns, "duration_ns": node.duration_ns})
-        _set_attrs(message.attr, node.attrs)
-        yield message
+        if node.inputs is not None:
+            message.inputs.values, message.inputs.shapes, message.inputs.types = node.inputs
+        if node.outputs is not None:
+            message.outputs.values, message.outputs.shapes, message.outputs.types = node.outputs
+        yield message.SerializeToString()
 
 
-def _set_attrs(field: Any, attrs: dict[str, Any]) -> None:
-    for name, value in attrs.items():
-        kind, many, value = value if isinstance(value, Typed) else (*_kind_of(name, value), value)
-        attr = field.add(name=name)
-        if many:
-            # SetInParent: an empty list is still a list
-            values = getattr(attr, f"{kind}_list")
-            values.SetInParent()
-            values.values.extend(value)
-        else:
-            setattr(attr, f"{kind}_val", value)
-
-
-def _kind_of(name: str, value: Any) -> tuple[Kind, bool]:
-    """The protobuf kind that our dialect gives the attribute: by `ATTRIBUTES`, else by the Python type."""
-    known = ATTRIBUTES.get(name)
-    if known is not None:
-        return known.kind, known.many
-    many = isinstance(value, list)
-    sample = value[0] if many and value else value
-    if isinstance(sample, bool):
-        return "bool", many
-    if isinstance(sample, int):
-        return "int64" if -(1 << 63) <= sample < 1 << 63 else "uint64", many
-    if isinstance(sample, float):
-        return "double", many
-    if isinstance(sample, bytes):
-        return "bytes", many
-    return "string", many
-
-
-def _attrs(field: Any) -> dict[str, Any]:
-    attrs: dict[str, Any] = {}
-    for attr in field:
-        which = attr.WhichOneof("value")
-        if which is None:
-            continue
-        kind, _, shape = which.rpartition("_")
-        value = getattr(attr, which)
-        many = shape == "list"
-        if many:
-            value = list(value.values)
-        attrs[attr.name] = value if _kind_of(attr.name, value) == (kind, many) else Typed(kind, many, value)
-    return attrs
-
-
-def _decode(message: Any) -> Node:
-    attrs = _attrs(message.attr)
+def _decode(message: Any, decoder: AttributeDecoder) -> Node:
+    attrs = dict(map(decoder, message.attr))
+    attrs.pop("", None)  # an attribute without a value
     start_ns, duration_ns = attrs.pop("start_ns", None), attrs.pop("duration_ns", None)
+    kind = message.type
     return Node(
         id=message.id,
         name=message.name,
-        type=NodeType(message.type) if 0 <= message.type <= 7 else NodeType.INVALID,
+        type=_TYPES[kind] if 0 <= kind <= 7 else NodeType.INVALID,
         data_deps=list(message.data_deps),
         ctrl_deps=list(message.ctrl_deps),
         start_ns=message.start_time_micros * 1000 if start_ns is None else start_ns,

@@ -128,7 +128,7 @@ class Typed(NamedTuple):
     value: Any
 
 
-class Node(msgspec.Struct, frozen=True, kw_only=True):
+class Node(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One node. `attrs` holds plain Python values under the names of `ATTRIBUTES` and any foreign ones.
 
     `inputs` and `outputs` are Chakra's IOInfo (values, shapes, types), kept as text for files of others.
