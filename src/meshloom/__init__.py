@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from meshloom.capture.record import Recorder
+    from meshloom.capture.record import Recorder, record
     from meshloom.chakra.build import TraceBuilder
     from meshloom.chakra.check import check
     from meshloom.chakra.file import read, write
@@ -34,6 +34,7 @@ _HOME = {
     "check": "meshloom.chakra.check",
     "parallelize": "meshloom.parallel.apply",
     "read": "meshloom.chakra.file",
+    "record": "meshloom.capture.record",
     "synthesise": "meshloom.synth.roles",
     "write": "meshloom.chakra.file",
 }
@@ -49,6 +50,7 @@ __all__ = [
     "check",
     "parallelize",
     "read",
+    "record",
     "synthesise",
     "write",
 ]

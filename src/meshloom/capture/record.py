@@ -1,4 +1,4 @@
-"""Record one step of a real run: PyTorch's host trace, its device trace, and what both leave out.
+"""Record steps of a real run: PyTorch's host trace, its device trace, and what both leave out.
 
 Three files a rank: `rank<r>.host.json` (ExecutionTraceObserver), `rank<r>.device.json` (Kineto), and
 `rank<r>.notes.json` with the process group of every collective (from c10d's flight recorder: a gloo host trace does
@@ -7,10 +7,13 @@ not name them), which ops are composite, and what the run was. From these `conve
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -18,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules import module as module_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile, record_function
 
 from meshloom.capture.convert import MODULE, convert_rank
 from meshloom.capture.notes import Notes
 from meshloom.chakra.file import whole_file
-from meshloom.errors import FolderError
+from meshloom.errors import FolderError, UsageError
 
 
 class Recorder:
@@ -58,6 +62,7 @@ class Recorder:
 
     @contextmanager
     def _record(self) -> Iterator[None]:
+        """Record what runs within this; an exception ends the recording, which is written all the same."""
         name = self._folder / f"rank{self.rank}"
         host, device, notes = (name.with_suffix(f".{part}.json") for part in ("host", "device", "notes"))
         first_comm = _next_record()
@@ -74,33 +79,94 @@ class Recorder:
                 yield
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                duration_ns = time.time_ns() - start_ns
         finally:
+            duration_ns = time.time_ns() - start_ns
             observer.unregister_callback()
-        profiler.export_chrome_trace(str(device))
-        told = Notes(
-            rank=self.rank,
-            world_size=self.world_size,
-            step=self._step,
-            step_duration_ns=duration_ns,
-            groups=_groups(self.world_size),
-            collectives=_collectives(first_comm),
-            axes={",".join(map(str, ranks)): axis for ranks, axis in self._axes.items()},
-            composite_ops=_composite_ops(host),
-            facts=self._facts,
-        )
-        with whole_file(notes) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(told), indent=1))
-        convert_rank(host, device, name.with_suffix(".et"), notes=notes)
+            profiler.export_chrome_trace(str(device))
+            told = Notes(
+                rank=self.rank,
+                world_size=self.world_size,
+                step=self._step,
+                step_duration_ns=duration_ns,
+                groups=_groups(self.world_size),
+                collectives=_collectives(first_comm),
+                axes={",".join(map(str, ranks)): axis for ranks, axis in self._axes.items()},
+                composite_ops=_composite_ops(host),
+                facts=self._facts,
+            )
+            with whole_file(notes) as file:
+                file.write(msgspec.json.format(msgspec.json.encode(told), indent=1))
+            convert_rank(host, device, name.with_suffix(".et"), notes=notes)
+
+
+class record:  # noqa: N801 - used as `with meshloom.record(...)`
+    """Record steps of any torch script on this rank: `with record("trace", wait=2) as rec: ...; rec.step()` each step.
+
+    After `wait` and `warmup` steps the next `active` ones are recorded into one trace, `rank<r>.et` in `folder`, beside
+    PyTorch's own files. Call it on every rank, after torch.distributed is initialised if it is. An exception or SIGTERM
+    ends the recording, which is written all the same. Raises FolderError, UsageError.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, wait: int = 2, warmup: int = 2, active: int = 1, model: nn.Module | None = None
+    ) -> None:
+        if wait < 0 or warmup < 0 or active < 1:
+            raise UsageError(
+                f"record: expected wait and warmup of at least 0 and active of at least 1, got wait={wait}, "
+                f"warmup={warmup}, active={active}"
+            )
+        self._first, self._active = wait + warmup, active
+        self._folder, self._model = folder, model
+        self._count = 0
+        self._recording = ExitStack()
+        self._old_handler: Any = None
+
+    def __enter__(self) -> record:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            # By default SIGTERM ends Python without a word; as an exception it ends the recording first.
+            self._old_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
+        self._open_if_due()
+        return self
+
+    def step(self) -> None:
+        """Tell that a step has ended."""
+        self._count += 1
+        if self._count == self._first + self._active:
+            self._recording.close()
+        self._open_if_due()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._recording.__exit__(kind, error, trace)
+        if self._old_handler is not None:
+            signal.signal(signal.SIGTERM, self._old_handler)
+
+    def _open_if_due(self) -> None:
+        if self._count == self._first:
+            facts = {"num_steps": self._active}
+            recorder = Recorder(self._folder, step=self._first, model=self._model, facts=facts)
+            self._recording.enter_context(recorder(self._first))
+
+
+def _exit_on_signal(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 @contextmanager
 def _module_scopes(paths: Mapping[int, str]) -> Iterator[None]:
-    """Within this, each module's forward stands in a scope that names its path (its class where that is unknown)."""
+    """Within this, each module's forward stands in a scope that names its path.
+
+    Where no model was given, the outermost module that runs is the one whose paths are meant.
+    """
     scopes: list[Any] = []
+    known = dict(paths)
 
     def enter(module: nn.Module, args: Any) -> None:
-        scope = record_function(MODULE + paths.get(id(module), type(module).__name__))
+        if not scopes and id(module) not in known:
+            root = module.module if isinstance(module, DistributedDataParallel) else module
+            known.update((id(inner), path) for path, inner in root.named_modules())
+        scope = record_function(MODULE + known.get(id(module), type(module).__name__))
         scopes.append(scope)
         scope.__enter__()
 

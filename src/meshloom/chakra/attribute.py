@@ -16,6 +16,7 @@ et_def_pb2: Any = _generated  # made at import: type checkers do not see its cla
 _MOST_KEPT = 200_000  # different attributes kept; a trace with more starts over
 _INT64_TAG, _UINT64_TAG = 9 << 3, 13 << 3  # field numbers of int64_val and uint64_val, wire type varint
 _REPEATING = (str, bool, bytes, int)  # equal values of these have equal bytes; 0.0 and -0.0 have not
+_ONE_BYTE = [bytes([value]) for value in range(0x80)]
 _NUMBER_TAGS = {_INT64_TAG: "int64", _UINT64_TAG: "uint64"}
 
 
@@ -75,6 +76,8 @@ def _number_head(name: str, value: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return _ONE_BYTE[value]
     out = []
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -133,8 +136,10 @@ def _is_number(raw: bytes, end: int) -> bool:
 
 def _read_varint(raw: bytes, at: int) -> int:
     """The number that fills the rest of `raw`; -1 if it does not, or is negative as an int64."""
-    value = shift = 0
     last = len(raw) - 1
+    if at == last and raw[at] < 0x80:
+        return raw[at]
+    value = shift = 0
     for index in range(at, last + 1):
         byte = raw[index]
         value |= (byte & 0x7F) << shift

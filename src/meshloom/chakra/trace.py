@@ -113,6 +113,7 @@ ATTRIBUTES: dict[str, Attribute] = {
     "world_size": _one("int64", "rank", "how many ranks there are"),
     "plan": _one("string", "", "the plan, in its text form"),
     "model": _one("string", "", "the model, as it was named"),
+    "num_steps": _one("int64", "", "how many steps were recorded, where that was asked for"),
     "step": _one("int64", "", "which step was recorded, counted from 0"),
     "step_start_ns": _one("int64", "ns", "start of the recorded step, on the clock of start_ns"),
     "step_duration_ns": _one("int64", "ns", "measured length of the recorded step"),
