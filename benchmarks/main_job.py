@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from results import machine, section, write_section
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -54,19 +53,6 @@ def measure(arguments: list[str]) -> dict[str, Any]:
             "check": told.stdout.strip()}  # fmt: skip
 
 
-def machine() -> str:
-    """The machine in words."""
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return (
-        f"{os.cpu_count()} cores of {model}, {memory:.0f} GB, {platform.system()}, Python {platform.python_version()}"
-    )
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown."""
     rows = ["| what | wall s | peak MiB of one process | loss | check |", "|---|---|---|---|---|"]
@@ -95,11 +81,10 @@ def main() -> None:
     if options.json:
         print(json.dumps({"machine": machine(), "results": results}))
         return
-    text = f"## The main job\n\n{date.today()}, {machine()}; `python benchmarks/main_job.py`\n\n{table(results)}\n"
+    text = section("The main job", "python benchmarks/main_job.py", table(results))
     print(text)
     if options.write:
-        head = "# Results\n\nWritten by the scripts in this folder; each part names its machine.\n\n"
-        (ROOT / "benchmarks" / "RESULTS.md").write_text(head + text, encoding="utf-8")
+        write_section(text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from meshloom.capture.collectives import C10D, collective_named, is_communication, reduction_named
+from meshloom.capture.device import Args
 from meshloom.capture.host import TensorRef, written
 from meshloom.capture.link import Launched, Linked, Op, backend_events, in_order, link, longest_kernels, own_times
 from meshloom.capture.notes import Notes, notes_of, read_notes
@@ -270,7 +271,7 @@ class _Converter:
         kernel, chain = item.kernel, list(self._chain(item.op))
         c10d = next((op for op in chain if op.name.startswith("c10d::")), None)
         params = next((op for op in chain if op.name == "record_param_comms"), None)
-        said = str(kernel.args.get("Collective name", ""))
+        said = kernel.args.collective
         name = c10d.name.removeprefix("c10d::") if c10d is not None else ""
         previous = [self.last_kernel[kernel.stream]] if kernel.stream in self.last_kernel else []
         after = [*after, *previous]
@@ -313,14 +314,14 @@ class _Converter:
             index = self.ops[index].parent
         return index
 
-    def _group_of_kernel(self, args: dict[str, Any], params: Op | None) -> _Group:
-        ranks = _numbers(args.get("Process Group Ranks"))
+    def _group_of_kernel(self, args: Args, params: Op | None) -> _Group:
+        ranks = _numbers(args.group_ranks)
         if ranks:
             return _Group(ranks, None)
-        name = str(args.get("Process Group Name", ""))
+        name = args.group_name
         if name in self.notes.groups:
             return _Group(self.notes.groups[name], None)
-        size = args.get("Group size") or (params.scalars[-1] if params is not None and params.scalars else None)
+        size = args.group_size or (params.scalars[-1] if params is not None and params.scalars else None)
         if size == self.notes.world_size:
             return _Group(list(range(self.notes.world_size)), None)
         self._warn_once(f"a process group of {size} ranks is not listed in the device file; its ranks are left out")
@@ -380,14 +381,14 @@ class _Converter:
         attrs: dict[str, Any],
         *,
         reduction: str = "",
-        args: dict[str, Any] | None = None,
+        args: Args | None = None,
     ) -> int:
         size, output = _num_bytes(sent), _num_bytes(received)
         dtype = sent[0].dtype if sent else ""
         if not size and args:  # newer device files tell what the host trace may lack
-            itemsize = _ITEMSIZES.get(str(args.get("dtype", "")), 1)
-            size = int(args.get("In msg nelems", 0)) * itemsize
-            output = int(args.get("Out msg nelems", 0)) * itemsize
+            itemsize = _ITEMSIZES.get(args.dtype, 1)
+            size = args.num_sent * itemsize
+            output = args.num_received * itemsize
         if group.name is not None:
             attrs = {**attrs, "pg_name": group.name}
         return self.builder.collective(

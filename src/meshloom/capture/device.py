@@ -14,6 +14,34 @@ _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCH = ("cuda_runtime", "cuda_driver", "hip_runtime", "xpu_runtime", "privateuse1_runtime")
 
 
+_KINETO_NAMES = {
+    "rf_id": "Record function id",
+    "sequence": "Sequence number",
+    "collective": "Collective name",
+    "group_ranks": "Process Group Ranks",
+    "group_name": "Process Group Name",
+    "group_size": "Group size",
+    "num_sent": "In msg nelems",
+    "num_received": "Out msg nelems",
+}
+
+
+class Args(msgspec.Struct, gc=False, rename=_KINETO_NAMES):
+    """The arguments of an event that matter here; the rest of a file is most of it, and is not kept."""
+
+    rf_id: int = -1
+    sequence: int = -1
+    correlation: int = -1
+    stream: int | str | None = None
+    collective: str = ""
+    group_ranks: str | list[int] = ""
+    group_name: str = ""
+    group_size: int = 0
+    dtype: str = ""
+    num_sent: int = 0
+    num_received: int = 0
+
+
 class HostEvent(msgspec.Struct, kw_only=True, gc=False):
     """A host op's time; `rf_id` is -1 where the file does not tell it."""
 
@@ -37,7 +65,7 @@ class Launch(msgspec.Struct, kw_only=True, gc=False):
 
 
 class Kernel(msgspec.Struct, kw_only=True, gc=False):
-    """What ran on a stream of the device: a kernel, a copy or a fill (`kind`). `args` are Kineto's own."""
+    """What ran on a stream of the device: a kernel, a copy or a fill (`kind`)."""
 
     name: str
     kind: str
@@ -45,7 +73,7 @@ class Kernel(msgspec.Struct, kw_only=True, gc=False):
     start_ns: int
     duration_ns: int
     correlation: int
-    args: dict[str, Any]
+    args: Args
 
 
 class DeviceTrace(msgspec.Struct, kw_only=True, gc=False):
@@ -66,7 +94,7 @@ class _Event(msgspec.Struct, gc=False):
     ts: float = 0.0
     dur: float = 0.0
     tid: int | str = 0
-    args: dict[str, Any] = {}
+    args: Args = msgspec.field(default_factory=Args)
 
 
 class _Trace(msgspec.Struct, gc=False):
@@ -93,8 +121,8 @@ def read_device(path: Path, warnings: list[str]) -> DeviceTrace:
                     thread=_number(event.tid),
                     start_ns=start_ns,
                     duration_ns=duration_ns,
-                    rf_id=int(args.get("Record function id", -1)),
-                    sequence=int(args.get("Sequence number", -1)),
+                    rf_id=args.rf_id,
+                    sequence=args.sequence,
                 )
             )
         elif event.cat in _DEVICE:
@@ -102,10 +130,10 @@ def read_device(path: Path, warnings: list[str]) -> DeviceTrace:
                 Kernel(
                     name=event.name,
                     kind=event.cat,
-                    stream=_number(args.get("stream", event.tid)),
+                    stream=_number(event.tid if args.stream is None else args.stream),
                     start_ns=start_ns,
                     duration_ns=duration_ns,
-                    correlation=_number(args.get("correlation", -1)),
+                    correlation=args.correlation,
                     args=args,
                 )
             )
@@ -116,8 +144,8 @@ def read_device(path: Path, warnings: list[str]) -> DeviceTrace:
                     thread=_number(event.tid),
                     start_ns=start_ns,
                     duration_ns=duration_ns,
-                    correlation=_number(args.get("correlation", -1)),
-                    stream=_number(args.get("stream", -1)),
+                    correlation=args.correlation,
+                    stream=_number(-1 if args.stream is None else args.stream),
                 )
             )
     host.sort(key=lambda event: (event.start_ns, -event.duration_ns))

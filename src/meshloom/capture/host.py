@@ -11,6 +11,7 @@ import msgspec
 from meshloom.capture.repair import read_json
 from meshloom.errors import TraceError
 
+_WANTED = frozenset(("rf_id", "tid", "seq_id", "op_schema"))
 _ROOTS = ("[pytorch|", "## process_group")  # nodes that stand for a process, a thread, or facts, not for something run
 
 
@@ -96,7 +97,7 @@ def _op(node: _Node) -> HostOp:
         }
     else:
         inputs, outputs = node.inputs, node.outputs
-        facts = {attr.name: attr.value for attr in node.attrs}
+        facts = {attr.name: attr.value for attr in node.attrs if attr.name in _WANTED}
     values, scalars = _arguments(inputs)
     return HostOp(
         rf_id=int(facts.get("rf_id", 0)),
@@ -111,6 +112,8 @@ def _op(node: _Node) -> HostOp:
 
 
 def _arguments(io: _Io) -> tuple[list[list[TensorRef]], list[Any]]:
+    if not io.values:
+        return [], []
     tensors: list[list[TensorRef]] = []
     scalars: list[Any] = []
     for index, value in enumerate(io.values):

@@ -6,6 +6,7 @@ once; numbers, which do not repeat, take a short way of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from meshloom.chakra import et_def_pb2 as _generated
@@ -40,30 +41,36 @@ def kind_of(name: str, value: Any) -> tuple[Kind, bool]:
 
 
 class AttributeEncoder:
-    """Call it with a name and a value for the bytes of the AttributeProto; raises ValueError, TypeError if they do not
-    fit the attribute's kind."""
+    """Encodes attributes to bytes of AttributeProtos; raises ValueError, TypeError where one does not fit its kind."""
 
     def __init__(self) -> None:
         self._known: dict[Any, bytes] = {}
         self._number_heads: dict[str, bytes] = {}
 
-    def __call__(self, name: str, value: Any) -> bytes:
-        kind = type(value)
-        if kind is int and value >= 0:
-            head = self._number_heads.get(name)
-            if head is None:
-                head = self._number_heads[name] = _number_head(name, value)
-            if head and value < 1 << 63:
-                return head + _varint(value)
-        if kind not in _REPEATING:
-            return _encode(name, value)
-        key = name, kind, value
-        found = self._known.get(key)
-        if found is None:
-            if len(self._known) > _MOST_KEPT:
-                self._known.clear()
-            found = self._known[key] = _encode(name, value)
-        return found
+    def all(self, attrs: dict[str, Any]) -> list[bytes]:
+        """The bytes of each attribute, in order."""
+        known, heads = self._known, self._number_heads
+        out: list[bytes] = []
+        for name, value in attrs.items():
+            kind = type(value)
+            if kind is int:
+                head = heads.get(name)
+                if head is None:
+                    head = heads[name] = _number_head(name, value)
+                if head and 0 <= value < 1 << 63:
+                    out.append(head + (_ONE_BYTE[value] if value < 0x80 else _varint(value)))
+                    continue
+            if kind not in _REPEATING:
+                out.append(_encode(name, value))
+                continue
+            key = name, kind, value
+            found = known.get(key)
+            if found is None:
+                if len(known) > _MOST_KEPT:
+                    known.clear()
+                found = known[key] = _encode(name, value)
+            out.append(found)
+        return out
 
 
 def _number_head(name: str, value: int) -> bytes:
@@ -99,33 +106,36 @@ def _encode(name: str, value: Any) -> bytes:
 
 
 class AttributeDecoder:
-    """Call it with the bytes of an AttributeProto for its name and value; an attribute without a value has no name.
-
-    Raises DecodeError where the bytes are none.
-    """
+    """Decodes the bytes of AttributeProtos; raises DecodeError where they are none."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[str, Any]] = {}
+        self._known: dict[bytes, tuple[str, Any, bool]] = {}
         self._number_names: dict[bytes, str] = {}
 
-    def __call__(self, raw: bytes) -> tuple[str, Any]:
-        found = self._known.get(raw)
-        if found is not None:
-            name, value = found
-            return (name, list(value)) if type(value) is list else found
-        end = 2 + raw[1] + 1 if len(raw) > 2 else 0
-        name = self._number_names.get(raw[:end], "")
-        if name and end < len(raw):
-            value = _read_varint(raw, end)
-            if value >= 0:
-                return name, value
-        found = _decode(raw)
-        if _is_number(raw, end) and kind_of(found[0], 0) == (_NUMBER_TAGS[raw[end - 1]], False):
-            self._number_names[raw[:end]] = found[0]
-            return found
+    def all(self, raws: Iterable[bytes]) -> dict[str, Any]:
+        """Name -> value; an attribute without a value is left out."""
+        known, names = self._known, self._number_names
+        attrs: dict[str, Any] = {}
+        for raw in raws:
+            found = known.get(raw)
+            if found is None:
+                end = raw[1] + 3 if len(raw) > 2 else 0
+                name = names.get(raw[:end])
+                if name is not None and (number := _read_varint(raw, end)) >= 0x80:
+                    attrs[name] = number
+                    continue
+                found = self._learn(raw, end)
+            attrs[found[0]] = list(found[1]) if found[2] else found[1]
+        attrs.pop("", None)
+        return attrs
+
+    def _learn(self, raw: bytes, end: int) -> tuple[str, Any, bool]:
+        name, value = _decode(raw)
+        if _is_number(raw, end) and kind_of(name, 0) == (_NUMBER_TAGS[raw[end - 1]], False):
+            self._number_names[raw[:end]] = name
         if len(self._known) > _MOST_KEPT:
             self._known.clear()
-        self._known[raw] = found
+        found = self._known[raw] = name, value, type(value) is list
         return found
 
 
@@ -137,8 +147,6 @@ def _is_number(raw: bytes, end: int) -> bool:
 def _read_varint(raw: bytes, at: int) -> int:
     """The number that fills the rest of `raw`; -1 if it does not, or is negative as an int64."""
     last = len(raw) - 1
-    if at == last and raw[at] < 0x80:
-        return raw[at]
     value = shift = 0
     for index in range(at, last + 1):
         byte = raw[index]

@@ -94,10 +94,9 @@ def read(path: str | Path) -> Trace:
     try:
         with paused_collection():
             nodes = [_decode(_parse(et_def_pb2.RawNode, body, path, offset), decoder) for offset, body in messages]
-        attrs = dict(decoder(attr.SerializeToString()) for attr in meta.attr)
+        attrs = decoder.all(attr.SerializeToString() for attr in meta.attr)
     except DecodeError as error:
         raise TraceError(f"{path}: expected attributes in every node; damaged, or no Chakra trace") from error
-    attrs.pop("", None)
     return Trace(nodes=nodes, attrs=attrs, version=meta.version)
 
 
@@ -170,14 +169,14 @@ def _parse(kind: Any, body: bytes, path: Path, offset: int) -> Any:
 def _encode(trace: Trace) -> Iterable[bytes]:
     meta = et_def_pb2.GlobalMetadata(version=trace.version)
     encoder = AttributeEncoder()
-    meta.attr.extend(et_def_pb2.AttributeProto.FromString(encoder(*item)) for item in trace.attrs.items())
+    meta.attr.extend(et_def_pb2.AttributeProto.FromString(raw) for raw in encoder.all(trace.attrs))
     yield meta.SerializeToString()
     raw_node = et_def_pb2.RawNode
     for node in trace.nodes:
         start_ns, duration_ns = node.start_ns, node.duration_ns
-        attrs = [encoder(name, value) for name, value in node.attrs.items()]
+        attrs = encoder.all(node.attrs)
         if start_ns % 1000 or duration_ns % 1000:
-            attrs += encoder("start_ns", start_ns), encoder("duration_ns", duration_ns)
+            attrs += encoder.all({"start_ns": start_ns, "duration_ns": duration_ns})
         # micros are for others: start rounded down, duration up, so that nothing measured becomes 0
         message = raw_node(
             id=node.id,
@@ -197,16 +196,15 @@ def _encode(trace: Trace) -> Iterable[bytes]:
 
 
 def _decode(message: Any, decoder: AttributeDecoder) -> Node:
-    attrs = dict(map(decoder, message.attr))
-    attrs.pop("", None)  # an attribute without a value
+    attrs = decoder.all(message.attr)
     start_ns, duration_ns = attrs.pop("start_ns", None), attrs.pop("duration_ns", None)
     kind = message.type
     return Node(
         id=message.id,
         name=message.name,
         type=_TYPES[kind] if 0 <= kind <= 7 else NodeType.INVALID,
-        data_deps=list(message.data_deps),
-        ctrl_deps=list(message.ctrl_deps),
+        data_deps=message.data_deps[:],
+        ctrl_deps=message.ctrl_deps[:],
         start_ns=message.start_time_micros * 1000 if start_ns is None else start_ns,
         duration_ns=message.duration_micros * 1000 if duration_ns is None else duration_ns,
         attrs=attrs,
