@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 
 from meshloom import Node, Trace, check
-from meshloom.chakra.trace import CommType, NodeType
+from meshloom.chakra.trace import CommType, NodeType, Typed
 
 
 def _node(number: int, data: list[int] | None = None, **more: Any) -> Node:
     return Node(id=number, name=f"op{number}", type=NodeType.COMP, data_deps=data or [], **more)
+
+
+def _kernel(number: int, start_ns: int, duration_ns: int) -> Node:
+    return _node(number, start_ns=start_ns, duration_ns=duration_ns, attrs={"stream": 7})
 
 
 def _all_reduce(number: int, size: int = 8, **more: Any) -> Node:
@@ -38,16 +42,25 @@ GOOD = _trace(_node(1), _node(2, [1]), _all_reduce(3))
         (_trace(_node(1, [7])), "dangling-dependency", 1),
         (_trace(_node(1, ctrl_deps=[7])), "dangling-dependency", 1),
         (_trace(_node(1, [1])), "self-dependency", 1),
-        (_trace(_node(1), _node(2, [4, 1]), _node(3, [2]), _node(4, [3])), "cycle", 2),
         (_trace(Node(id=1, name="x", type=NodeType.COMM_COLL)), "incomplete-communication", 1),
         (_trace(_all_reduce(1, is_cpu_op=True)), "communication-on-host", 1),
         (_trace(_all_reduce(1, pg_name="tp")), "bad-group", 1),
         (_trace(_all_reduce(1, pg_name="0")), "bad-group", 1),
         (_trace(_node(1, duration_ns=-1)), "negative-time", 1),
+        (Trace(nodes=[_node(1)], version="0.0.9"), "schema-version", None),
+        (_trace(_node(1, attrs={"num_ops": Typed("uint64", False, 3)})), "attribute-type", 1),
+        (_trace(_node(2, [1]), _node(1)), "forward-reference", 2),
+        (_trace(_kernel(1, 5000, 9000), _kernel(2, 8000, 9000)), "overlap", 2),
     ],
 )
 def test_a_fault_of_one_trace(trace: Trace, code: str, node: int) -> None:
     assert [(finding.code, finding.node) for finding in check(trace)] == [(code, node)]
+
+
+def test_only_some_readers_stumble_over_a_warning() -> None:
+    (finding,) = check(_trace(_node(2, [1]), _node(1)))
+    assert finding.severity == "warning"
+    assert check(_trace(_kernel(1, 5000, 3000), _kernel(2, 8000, 1))) == []
 
 
 def test_a_good_trace() -> None:
@@ -56,15 +69,18 @@ def test_a_good_trace() -> None:
 
 
 def test_a_cycle_is_named() -> None:
-    (finding,) = check(_trace(_node(1, [3]), _node(2, [1]), _node(3, [2]), _node(4, [3])))
+    findings = check(_trace(_node(1, [3]), _node(2, [1]), _node(3, [2]), _node(4, [3])))
+    (finding,) = (finding for finding in findings if finding.severity == "error")
+    assert finding.code == "cycle"
     assert "1 -> 3 -> 2 -> 1" in finding.message
     assert finding.message.startswith("4 nodes")
 
 
 def test_a_chain_of_a_hundred_thousand_needs_no_recursion() -> None:
-    chain = [_node(number, [number + 1]) for number in range(1, 100_000)]
-    assert check(_trace(*chain, _node(100_000))) == []
-    assert [finding.code for finding in check(_trace(*chain, _node(100_000, [1])))] == ["cycle"]
+    chain = [_node(number, [number - 1]) for number in range(2, 100_001)]
+    assert check(_trace(_node(1), *chain)) == []
+    codes = {finding.code for finding in check(_trace(_node(1, [100_000]), *chain))}
+    assert codes == {"cycle", "forward-reference"}
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
 
-from meshloom.chakra.trace import CommType, Node, NodeType, Trace
+from meshloom.chakra.trace import ATTRIBUTES, CommType, Node, NodeType, Trace, Typed
 
 Severity = Literal["error", "warning"]
 
+_VERSIONS = ("0.0.4", "1.0.0")  # 1.0.0 changed the number only
 _REQUIRED = {
     NodeType.COMM_COLL: ("comm_type", "comm_size", "pg_name"),
     NodeType.COMM_SEND: ("comm_size", "comm_src", "comm_dst", "comm_tag"),
@@ -42,7 +44,10 @@ WorldRule = Callable[[Mapping[int, Trace]], Iterator[Finding]]
 
 
 def check(traces: Mapping[int, Trace] | Trace) -> list[Finding]:
-    """Every finding of every rule on one trace, or on the traces of all ranks by rank; empty if all is well."""
+    """Every finding of every rule on one trace, or on the traces of all ranks by rank; empty if all is well.
+
+    Errors would stop or mislead a reader; warnings only some readers.
+    """
     if isinstance(traces, Trace):
         traces = {traces.rank: traces}
     findings = [finding for trace in traces.values() for rule in TRACE_RULES for finding in rule(trace)]
@@ -52,6 +57,10 @@ def check(traces: Mapping[int, Trace] | Trace) -> list[Finding]:
 
 def _error(trace: Trace, code: str, node: int | None, message: str) -> Finding:
     return Finding(code=code, severity="error", rank=trace.rank, node=node, message=message)
+
+
+def _warning(trace: Trace, code: str, node: int | None, message: str) -> Finding:
+    return Finding(code=code, severity="warning", rank=trace.rank, node=node, message=message)
 
 
 def unique_ids(trace: Trace) -> Iterator[Finding]:
@@ -153,6 +162,58 @@ def times_sane(trace: Trace) -> Iterator[Finding]:
             )
 
 
+def schema_known(trace: Trace) -> Iterator[Finding]:
+    """The file says which schema it follows, and it is one that readers know."""
+    if trace.version not in _VERSIONS:
+        yield _warning(trace, "schema-version", None, f"expected one of {', '.join(_VERSIONS)}, got {trace.version!r}")
+
+
+def attribute_types(trace: Trace) -> Iterator[Finding]:
+    """Attributes have the protobuf kinds that consumers read: another kind is read as 0, or stops them."""
+    for node in trace.nodes:
+        for name, value in node.attrs.items():
+            if isinstance(value, Typed) and name in ATTRIBUTES:
+                known = ATTRIBUTES[name]
+                yield _warning(
+                    trace,
+                    "attribute-type",
+                    node.id,
+                    f"{node.name!r}: expected {name} as {known.kind}"
+                    f"{' list' * known.many}, got {value.kind}{' list' * value.many}",
+                )
+
+
+def in_order(trace: Trace) -> Iterator[Finding]:
+    """Dependencies come before the nodes that need them, so that a reader may stream the file."""
+    seen: set[int] = set()
+    ids = {node.id for node in trace.nodes}
+    for node in trace.nodes:
+        seen.add(node.id)
+        late = [dep for dep in (*node.data_deps, *node.ctrl_deps) if dep not in seen and dep in ids]
+        if late:
+            yield _warning(trace, "forward-reference", node.id, f"{node.name!r} needs {late[0]}, which comes later")
+
+
+def streams_serial(trace: Trace) -> Iterator[Finding]:
+    """Measured kernels of a stream do not overlap: a stream runs one at a time."""
+    streams: dict[int, list[Node]] = defaultdict(list)
+    for node in trace.nodes:
+        stream = node.get("stream")
+        if stream is not None and node.duration_ns > 0 and not node.get("is_cpu_op"):
+            streams[stream].append(node)
+    for stream, nodes in streams.items():
+        nodes.sort(key=lambda node: node.start_ns)
+        for before, after in pairwise(nodes):
+            # files that count whole microseconds round each end
+            if before.start_ns + before.duration_ns > after.start_ns + 1000 and before.start_ns:
+                yield _warning(
+                    trace,
+                    "overlap",
+                    after.id,
+                    f"{after.name!r} begins on stream {stream} while node {before.id} still runs",
+                )
+
+
 def all_ranks_there(traces: Mapping[int, Trace]) -> Iterator[Finding]:
     """Every rank of the world has a trace."""
     world_size = max((int(trace.get("world_size", 0)) for trace in traces.values()), default=0)
@@ -250,5 +311,15 @@ def messages_match(traces: Mapping[int, Trace]) -> Iterator[Finding]:
                 break
 
 
-TRACE_RULES: tuple[Rule, ...] = (unique_ids, dependencies_exist, acyclic, communication_complete, times_sane)
+TRACE_RULES: tuple[Rule, ...] = (
+    unique_ids,
+    dependencies_exist,
+    acyclic,
+    communication_complete,
+    times_sane,
+    schema_known,
+    attribute_types,
+    in_order,
+    streams_serial,
+)
 WORLD_RULES: tuple[WorldRule, ...] = (all_ranks_there, collectives_match, messages_match)

@@ -65,7 +65,7 @@ def write(trace: Trace, path: str | Path) -> Path:
     with whole_file(path) as file:
         # mtime=0: the same trace gives the same bytes
         stream: Any = gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") if path.suffix == ".gz" else file
-        for body in _encode(trace):
+        for body in encode(trace):
             stream.write(_varint(len(body)))
             stream.write(body)
         if stream is not file:
@@ -166,7 +166,8 @@ def _parse(kind: Any, body: bytes, path: Path, offset: int) -> Any:
         ) from error
 
 
-def _encode(trace: Trace) -> Iterable[bytes]:
+def encode(trace: Trace) -> Iterable[bytes]:
+    """The bytes of each message of the trace's file, GlobalMetadata first."""
     meta = et_def_pb2.GlobalMetadata(version=trace.version)
     encoder = AttributeEncoder()
     meta.attr.extend(et_def_pb2.AttributeProto.FromString(raw) for raw in encoder.all(trace.attrs))
@@ -193,6 +194,15 @@ def _encode(trace: Trace) -> Iterable[bytes]:
         if node.outputs is not None:
             message.outputs.values, message.outputs.shapes, message.outputs.types = node.outputs
         yield message.SerializeToString()
+
+
+def decode(messages: Iterable[bytes]) -> Trace:
+    """The trace of the messages that `encode` gives; raises DecodeError."""
+    bodies, decoder = iter(messages), AttributeDecoder()
+    meta = et_def_pb2.GlobalMetadata.FromString(next(bodies))
+    attrs = decoder.all(attr.SerializeToString() for attr in meta.attr)
+    nodes = [_decode(et_def_pb2.RawNode.FromString(body), decoder) for body in bodies]
+    return Trace(nodes=nodes, attrs=attrs, version=meta.version)
 
 
 def _decode(message: Any, decoder: AttributeDecoder) -> Node:

@@ -22,6 +22,7 @@ COMMANDS = {
     "capture": "Make Chakra traces again from the files that a recorded step left.",
     "synth": "Synthesise the traces of a training step on ranks that you do not have.",
     "check": "Check traces for faults.",
+    "convert": "Convert a trace between .et, .et.gz, Chakra JSON, node-link JSON and GraphML.",
     "info": "Say what a trace holds.",
     "simulate": "Predict when traces would run on a cluster.",
     "graph": "Draw a step as a graph (SVG).",

@@ -1,0 +1,216 @@
+"""Traces in other forms: Chakra JSON, NetworkX node-link JSON, GraphML; there and back without loss.
+
+The form follows from the file's name: `.et`, `.et.gz`, `.node-link.json`, `.json` (Chakra), `.graphml`. Chakra JSON is
+one document here; the reference's jsonizer writes its messages one after the other, which is read too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree.ElementTree import ParseError
+
+import networkx as nx
+from google.protobuf import json_format
+
+from meshloom.chakra import et_def_pb2 as _generated
+from meshloom.chakra import file
+from meshloom.chakra.attribute import kind_of
+from meshloom.chakra.trace import Node, NodeType, Trace, Typed
+from meshloom.errors import TraceError, UsageError
+
+et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
+
+
+class Form(NamedTuple):
+    """How a form is read from and written to the file of a path."""
+
+    read: Callable[[Path], Trace]
+    write: Callable[[Trace, Path], Path]
+
+
+def form_of(path: Path) -> Form:
+    """The form that the path's name means; raises UsageError."""
+    for ending, form in FORMS.items():
+        if path.name.endswith(ending):
+            return form
+    raise UsageError(f"{path}: expected a name that ends in {', '.join(FORMS)}")
+
+
+def convert(source: Path, target: Path) -> Trace:
+    """Read `source`, write `target`, each in the form that its name means, and return the trace; raises TraceError."""
+    reader, writer = form_of(source), form_of(target)
+    trace = reader.read(source)
+    writer.write(trace, target)
+    return trace
+
+
+# -- Chakra JSON
+
+
+def _write_json(trace: Trace, path: Path) -> Path:
+    bodies = iter(file.encode(trace))
+    meta = et_def_pb2.GlobalMetadata.FromString(next(bodies))
+    with file.whole_file(path) as out:
+        out.write(b'{"globalMetadata": ' + _dumps(json_format.MessageToDict(meta)) + b', "nodes": [')
+        for index, body in enumerate(bodies):  # node by node: a large trace never stands in memory twice
+            out.write(
+                (b",\n" if index else b"\n") + _dumps(json_format.MessageToDict(et_def_pb2.Node.FromString(body)))
+            )
+        out.write(b"\n]}\n")
+    return path
+
+
+def _dumps(table: Any) -> bytes:
+    return json.dumps(table, ensure_ascii=False).encode("utf-8", errors="surrogatepass")
+
+
+def _read_json(path: Path) -> Trace:
+    documents = _documents(path)
+    first = documents[0] if documents else None
+    if isinstance(first, dict) and "globalMetadata" in first:
+        documents = [first["globalMetadata"], *first.get("nodes", [])]
+    try:
+        meta = json_format.ParseDict(documents[0], et_def_pb2.GlobalMetadata())
+        nodes = [json_format.ParseDict(document, et_def_pb2.Node()) for document in documents[1:]]
+    except (json_format.ParseError, IndexError, TypeError, AttributeError) as error:
+        raise TraceError(f"{path}: expected Chakra JSON, got '{str(error).splitlines()[0]}'") from error
+    return file.decode([meta.SerializeToString(), *(node.SerializeToString() for node in nodes)])
+
+
+def _documents(path: Path) -> list[Any]:
+    text, decoder, found, at = _text(path), json.JSONDecoder(), [], 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        try:
+            document, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise TraceError(f"{path}: byte {error.pos}: expected JSON, {error.msg}") from error
+        found.append(document)
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"{path}: expected a trace as text, got '{error}'") from error
+
+
+# -- graphs
+
+
+def to_graph(trace: Trace) -> nx.MultiDiGraph:
+    """The trace as a graph: an edge goes from what is needed to what needs it, its `kind` is data or control.
+
+    Nodes carry name, type, start_ns, duration_ns and, as JSON text, all attributes with their protobuf kinds.
+    """
+    graph = nx.MultiDiGraph(version=trace.version, attrs=_pack(trace.attrs))
+    for node in trace.nodes:
+        graph.add_node(
+            node.id,
+            name=node.name,
+            type=node.type.name,
+            start_ns=node.start_ns,
+            duration_ns=node.duration_ns,
+            attrs=_pack(node.attrs),
+            io=json.dumps([node.inputs, node.outputs]),
+        )
+    for node in trace.nodes:
+        for kind, dependencies in (("data", node.data_deps), ("control", node.ctrl_deps)):
+            for place, dependency in enumerate(dependencies):
+                graph.add_edge(dependency, node.id, kind=kind, place=place)
+    return graph
+
+
+def from_graph(graph: Any, where: str) -> Trace:
+    """The trace that `to_graph` made the graph from; raises TraceError where it is another graph."""
+    deps: dict[tuple[Any, str], list[tuple[int, Any]]] = {}
+    for source, target, facts in graph.edges(data=True):
+        deps.setdefault((target, str(facts.get("kind"))), []).append((int(facts.get("place", 0)), source))
+    nodes = []
+    try:
+        for key, facts in graph.nodes(data=True):
+            inputs, outputs = (tuple(info) if info is not None else None for info in json.loads(facts["io"]))
+            nodes.append(
+                Node(
+                    id=int(key),
+                    name=facts["name"],
+                    type=NodeType[facts["type"]],
+                    data_deps=[int(dep) for _, dep in sorted(deps.get((key, "data"), []))],
+                    ctrl_deps=[int(dep) for _, dep in sorted(deps.get((key, "control"), []))],
+                    start_ns=int(facts["start_ns"]),
+                    duration_ns=int(facts["duration_ns"]),
+                    attrs=_unpack(facts["attrs"]),
+                    inputs=inputs,
+                    outputs=outputs,
+                )
+            )
+        return Trace(nodes=nodes, attrs=_unpack(graph.graph["attrs"]), version=str(graph.graph["version"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise TraceError(f"{where}: expected a graph that `meshloom convert` wrote, got one without {error}") from error
+
+
+def _pack(attrs: dict[str, Any]) -> str:
+    def packed(name: str, value: Any) -> list[Any]:
+        kind, many, plain = value if isinstance(value, Typed) else (*kind_of(name, value), value)
+        if kind == "bytes":
+            plain = [base64.b64encode(item).decode() for item in plain] if many else base64.b64encode(plain).decode()
+        return [kind, many, plain]
+
+    return json.dumps({name: packed(name, value) for name, value in attrs.items()})
+
+
+def _unpack(text: str) -> dict[str, Any]:
+    attrs: dict[str, Any] = {}
+    for name, (kind, many, plain) in json.loads(text).items():
+        value = plain
+        if kind == "bytes":
+            value = [base64.b64decode(item) for item in plain] if many else base64.b64decode(plain)
+        attrs[name] = value if kind_of(name, value) == (kind, many) else Typed(kind, many, value)
+    return attrs
+
+
+def _write_node_link(trace: Trace, path: Path) -> Path:
+    with file.whole_file(path) as out:
+        out.write(_dumps(nx.node_link_data(to_graph(trace), edges="edges")))
+    return path
+
+
+def _read_node_link(path: Path) -> Trace:
+    try:
+        graph = nx.node_link_graph(json.loads(_text(path)), edges="edges")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, nx.NetworkXException) as error:
+        raise TraceError(f"{path}: expected NetworkX node-link JSON, got '{error}'") from error
+    return from_graph(graph, str(path))
+
+
+def _write_graphml(trace: Trace, path: Path) -> Path:
+    with file.whole_file(path) as out:
+        nx.write_graphml_xml(to_graph(trace), out)
+    return path
+
+
+def _read_graphml(path: Path) -> Trace:
+    text = _text(path)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise TraceError(f"{path}: expected GraphML without a document type: entities of strangers are not expanded")
+    try:
+        graph = nx.parse_graphml(text, force_multigraph=True)
+    except (ParseError, nx.NetworkXException, KeyError, ValueError, StopIteration) as error:
+        raise TraceError(f"{path}: expected GraphML, got '{error}'") from error
+    return from_graph(graph, str(path))
+
+
+FORMS: dict[str, Form] = {
+    ".et": Form(file.read, file.write),
+    ".et.gz": Form(file.read, file.write),
+    ".node-link.json": Form(_read_node_link, _write_node_link),
+    ".json": Form(_read_json, _write_json),
+    ".graphml": Form(_read_graphml, _write_graphml),
+}
