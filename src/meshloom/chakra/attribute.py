@@ -58,7 +58,7 @@ class AttributeEncoder:
                 if head is None:
                     head = heads[name] = _number_head(name, value)
                 if head and 0 <= value < 1 << 63:
-                    out.append(head + (_ONE_BYTE[value] if value < 0x80 else _varint(value)))
+                    out.append(head + (_ONE_BYTE[value] if value < 0x80 else varint(value)))
                     continue
             if kind not in _REPEATING:
                 out.append(_encode(name, value))
@@ -82,7 +82,8 @@ def _number_head(name: str, value: int) -> bytes:
     return b"\x0a" + bytes([len(text)]) + text + bytes([_INT64_TAG if kind == "int64" else _UINT64_TAG])
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """The number as a varint, of at least 0."""
     if value < 0x80:
         return _ONE_BYTE[value]
     out = []

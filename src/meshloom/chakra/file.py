@@ -18,7 +18,7 @@ from typing import IO, Any
 from google.protobuf.message import DecodeError
 
 from meshloom.chakra import et_def_pb2 as _generated
-from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder
+from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder, varint
 from meshloom.chakra.trace import Node, NodeType, Trace
 from meshloom.errors import FolderError, TraceError
 
@@ -66,7 +66,7 @@ def write(trace: Trace, path: str | Path) -> Path:
         # mtime=0: the same trace gives the same bytes
         stream: Any = gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") if path.suffix == ".gz" else file
         for body in encode(trace):
-            stream.write(_varint(len(body)))
+            stream.write(varint(len(body)))
             stream.write(body)
         if stream is not file:
             stream.close()
@@ -121,15 +121,6 @@ def read_all(where: str | Path) -> dict[int, Trace]:
             raise TraceError(f"{file}: expected one trace a rank, but rank {rank} was already read from this folder")
         traces[rank] = trace
     return dict(sorted(traces.items()))
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _frames(data: bytes, path: Path) -> Iterator[tuple[int, bytes]]:

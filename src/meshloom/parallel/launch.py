@@ -100,7 +100,8 @@ def rank_context(device: str = "auto") -> Iterator[torch.device]:
     else:
         chosen = torch.device("cpu")
         # Ranks share the host's cores; with more threads than cores they only wait for one another.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, num_cores // local_size))
     if world_from_environment() is None:
         # a single process that nobody launched is a world of one
         store = HashStore()
