@@ -3,7 +3,7 @@ kernels it launched. No torch.
 
 Where Kineto tells record-function ids, host nodes and events pair by them; else on each thread the i-th op of a name
 pairs with the i-th event of that name. Parents are taken from the nesting of times on a thread, not from the host
-trace: gloo's worker callbacks leave 2 to 4 % of its parents wrong (they are right without gloo).
+trace: gloo's worker callbacks leave some of its parents wrong (they are right without gloo).
 """
 
 from __future__ import annotations
