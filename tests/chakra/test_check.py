@@ -114,3 +114,11 @@ def test_a_missing_rank() -> None:
     trace = Trace(nodes=[], attrs={"rank": 0, "world_size": 3})
     findings = check({0: trace, 2: Trace(nodes=[], attrs={"rank": 2, "world_size": 3})})
     assert [(finding.code, finding.rank) for finding in findings] == [("missing-rank", 1)]
+
+
+def test_a_node_that_is_over_before_what_it_needs_starts() -> None:
+    late = Node(id=1, name="parent", type=NodeType.COMP, start_ns=50_000, duration_ns=10)
+    early = Node(id=2, name="child", type=NodeType.COMP, ctrl_deps=[1], start_ns=20_000, duration_ns=10)
+    waits = Node(id=3, name="wait", type=NodeType.COMP, ctrl_deps=[1], start_ns=20_000, duration_ns=40_000)
+    assert [(found.code, found.node) for found in check(Trace(nodes=[late, early, waits]))] == [("ends-before-need", 2)]
+    assert check(Trace(nodes=[late, waits])) == []

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom import Node, Trace, read, write
+from meshloom.chakra.attribute import varint
 from meshloom.chakra.file import read_all
 from meshloom.chakra.trace import NodeType, Typed
 from meshloom.errors import FolderError, TraceError
@@ -147,3 +148,10 @@ def test_ranks_of_a_folder(tmp_path: Path) -> None:
     write(Trace(nodes=[], attrs={"rank": 1}), tmp_path / "trace" / "rank2.et")
     with pytest.raises(TraceError, match="rank 1 was already read"):
         read_all(tmp_path)
+
+
+@given(st.integers(min_value=0, max_value=(1 << 64) - 1))
+def test_varint_is_protobufs_own(value: int) -> None:
+    from google.protobuf.internal.encoder import _VarintBytes  # type: ignore[attr-defined]
+
+    assert varint(value) == _VarintBytes(value)

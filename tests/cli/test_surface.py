@@ -131,7 +131,11 @@ def test_results_as_json(demo_run: Path, meshloom: Meshloom) -> None:
     assert 0 < told["compute_share"] <= 1
     facts = json.loads(meshloom("info", str(demo_run), "--json").stdout)
     assert set(facts) == {"0", "1"}
-    assert facts["0"]["communication"]["all_reduce (dp)"]["bytes"] == 463_360 * 4
+    traffic = facts["0"]["summary"]["traffic"]
+    assert {(item["kind"], item["axis"]) for item in traffic} == {("all_reduce", "dp")}
+    assert sum(item["count"] * item["num_bytes"] for item in traffic) == 463_360 * 4
+    assert facts["1"]["file"]["rank"] == 1
+    assert facts["1"]["duration_ns"] > 0
 
 
 def test_faults_give_exit_code_1(demo_run: Path, tmp_path: Path, meshloom: Meshloom) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from meshloom.capture.repair import read_json
+from meshloom.capture.repair import each, read_json
 
 _HOST = ("cpu_op", "user_annotation")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -98,17 +98,18 @@ class _Event(msgspec.Struct, gc=False):
 
 
 class _Trace(msgspec.Struct, gc=False):
-    traceEvents: list[_Event]  # noqa: N815 - Kineto's own name
+    traceEvents: list[msgspec.Raw]  # noqa: N815 - Kineto's own name
     distributedInfo: dict[str, Any] = {}  # noqa: N815
 
 
 def read_device(path: Path, warnings: list[str]) -> DeviceTrace:
     """The device trace in `path`; raises TraceError."""
-    trace = read_json(path, _Trace, "a Kineto trace", warnings)
+    what = "a Kineto trace"
+    trace = read_json(path, _Trace, what, warnings)
     host: list[HostEvent] = []
     launches: list[Launch] = []
     kernels: list[Kernel] = []
-    for event in trace.traceEvents:
+    for event in each(trace.traceEvents, _Event, path, what, warnings):
         if event.ph != "X" or event.cat is None:
             continue
         args = event.args

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from meshloom.capture.repair import read_json
+from meshloom.capture.repair import each, read_json
 from meshloom.errors import TraceError
 
 _WANTED = frozenset(("rf_id", "tid", "seq_id", "op_schema"))
@@ -71,16 +71,17 @@ class _Node(msgspec.Struct, gc=False):
 
 class _Trace(msgspec.Struct, gc=False):
     schema: str
-    nodes: list[_Node]
+    nodes: list[msgspec.Raw]
 
 
 def read_host(path: Path, warnings: list[str]) -> list[HostOp]:
     """The ops of a host trace that ran, in the order of their starts; raises TraceError."""
-    trace = read_json(path, _Trace, "a PyTorch execution trace", warnings)
+    what = "a PyTorch execution trace"
+    trace = read_json(path, _Trace, what, warnings)
     version = trace.schema.partition("-")[0]
     if version not in ("1.0.1", "1.0.2", "1.0.3", "1.1.0", "1.1.1"):
         raise TraceError(f"{path}: expected schema 1.0.1 to 1.1.1 of PyTorch's execution trace, got {trace.schema!r}")
-    ops = [_op(node) for node in trace.nodes if not node.name.startswith(_ROOTS)]
+    ops = [_op(node) for node in each(trace.nodes, _Node, path, what, warnings) if not node.name.startswith(_ROOTS)]
     ops.sort(key=lambda op: op.rf_id)
     return ops
 

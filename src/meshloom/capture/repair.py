@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +40,30 @@ def read_json(path: Path, kind: type[T], what: str, warnings: list[str]) -> T:
     except msgspec.ValidationError as error:
         raise TraceError(f"{path}: expected {what}, got another JSON document: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        repaired = _repair(raw, path, str(error), warnings)
+        repaired = msgspec.json.encode(_repair(raw, path, str(error), warnings))
         try:
-            return msgspec.convert(repaired, type=kind)
+            return msgspec.json.decode(repaired, type=kind)
         except msgspec.ValidationError as invalid:
             raise TraceError(f"{path}: expected {what}, got another JSON document: {invalid}") from error
+
+
+def each(raws: Iterable[msgspec.Raw], kind: type[T], path: Path, what: str, warnings: list[str]) -> Iterator[T]:
+    """Each entry of a document's list, decoded one by one: a whole list of them takes several times the file's size,
+    and longer for that. Raises TraceError naming the file and the entry."""
+    decoder, repaired = msgspec.json.Decoder(kind), 0
+    for index, raw in enumerate(raws):
+        try:
+            try:
+                yield decoder.decode(raw)
+            except UnicodeDecodeError:
+                repaired += 1
+                yield decoder.decode(bytes(raw).decode("utf-8", errors="replace"))
+        except msgspec.ValidationError as error:
+            raise TraceError(f"{path}: entry {index}: expected {what}, got another JSON document: {error}") from error
+        except msgspec.DecodeError as error:
+            raise TraceError(f"{path}: entry {index}: expected {what}, got no JSON: {error}") from error
+    if repaired:
+        warnings.append(f"{path}: bytes that are no UTF-8 were replaced in {repaired} entries")
 
 
 def _repair(raw: bytes, path: Path, said: str, warnings: list[str]) -> Any:

@@ -18,6 +18,9 @@ _MOST_KEPT = 200_000  # different attributes kept; a trace with more starts over
 _INT64_TAG, _UINT64_TAG = 9 << 3, 13 << 3  # field numbers of int64_val and uint64_val, wire type varint
 _REPEATING = (str, bool, bytes, int)  # equal values of these have equal bytes; 0.0 and -0.0 have not
 _ONE_BYTE = [bytes([value]) for value in range(0x80)]
+# The bytes of 14 bits of a varint: as its end, and as what more follows.
+_LAST = [*_ONE_BYTE, *(bytes([value & 0x7F | 0x80, value >> 7]) for value in range(0x80, 0x4000))]
+_MORE = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(0x4000)]
 _NUMBER_TAGS = {_INT64_TAG: "int64", _UINT64_TAG: "uint64"}
 
 
@@ -41,15 +44,19 @@ def kind_of(name: str, value: Any) -> tuple[Kind, bool]:
 
 
 class AttributeEncoder:
-    """Encodes attributes to bytes of AttributeProtos; raises ValueError, TypeError where one does not fit its kind."""
+    """Encodes attributes to the bytes that they are in a message whose field number `field` they are.
 
-    def __init__(self) -> None:
+    Raises ValueError, TypeError where one does not fit its kind.
+    """
+
+    def __init__(self, field: int) -> None:
+        self._tag = bytes([field << 3 | 2])
         self._known: dict[Any, bytes] = {}
         self._number_heads: dict[str, bytes] = {}
 
-    def all(self, attrs: dict[str, Any]) -> list[bytes]:
-        """The bytes of each attribute, in order."""
-        known, heads = self._known, self._number_heads
+    def all(self, attrs: dict[str, Any]) -> bytes:
+        """The bytes of all attributes, in order."""
+        known, heads, tag = self._known, self._number_heads, self._tag
         out: list[bytes] = []
         for name, value in attrs.items():
             kind = type(value)
@@ -58,40 +65,44 @@ class AttributeEncoder:
                 if head is None:
                     head = heads[name] = _number_head(name, value)
                 if head and 0 <= value < 1 << 63:
-                    out.append(head + (_ONE_BYTE[value] if value < 0x80 else varint(value)))
+                    number = _LAST[value] if value < 0x4000 else varint(value)
+                    out.append(tag + _ONE_BYTE[len(head) + len(number)] + head + number)
                     continue
             if kind not in _REPEATING:
-                out.append(_encode(name, value))
+                out.append(self._framed(name, value))
                 continue
             key = name, kind, value
             found = known.get(key)
             if found is None:
                 if len(known) > _MOST_KEPT:
                     known.clear()
-                found = known[key] = _encode(name, value)
+                found = known[key] = self._framed(name, value)
             out.append(found)
-        return out
+        return b"".join(out)
+
+    def _framed(self, name: str, value: Any) -> bytes:
+        body = _encode(name, value)
+        return self._tag + varint(len(body)) + body
 
 
 def _number_head(name: str, value: int) -> bytes:
     """The bytes before the number of an int64 or uint64 attribute; empty if it is of another kind."""
     kind, many = kind_of(name, value)
     text = name.encode()
-    if many or kind not in ("int64", "uint64") or len(text) > 127:
+    if many or kind not in ("int64", "uint64") or len(text) > 100:  # the whole has a length of one byte
         return b""
     return b"\x0a" + bytes([len(text)]) + text + bytes([_INT64_TAG if kind == "int64" else _UINT64_TAG])
 
 
 def varint(value: int) -> bytes:
     """The number as a varint, of at least 0."""
-    if value < 0x80:
-        return _ONE_BYTE[value]
-    out = []
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    if value < 0x4000:
+        return _LAST[value]
+    out = b""
+    while value >= 0x4000:
+        out += _MORE[value & 0x3FFF]
+        value >>= 14
+    return out + _LAST[value]
 
 
 def _encode(name: str, value: Any) -> bytes:
@@ -110,7 +121,7 @@ class AttributeDecoder:
     """Decodes the bytes of AttributeProtos; raises DecodeError where they are none."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[str, Any, bool]] = {}
+        self._known: dict[bytes, tuple[str, Any]] = {}
         self._number_names: dict[bytes, str] = {}
 
     def all(self, raws: Iterable[bytes]) -> dict[str, Any]:
@@ -126,17 +137,19 @@ class AttributeDecoder:
                     attrs[name] = number
                     continue
                 found = self._learn(raw, end)
-            attrs[found[0]] = list(found[1]) if found[2] else found[1]
-        attrs.pop("", None)
+                if not found[0]:
+                    continue
+            attrs[found[0]] = found[1]
         return attrs
 
-    def _learn(self, raw: bytes, end: int) -> tuple[str, Any, bool]:
-        name, value = _decode(raw)
+    def _learn(self, raw: bytes, end: int) -> tuple[str, Any]:
+        name, value = found = _decode(raw)
         if _is_number(raw, end) and kind_of(name, 0) == (_NUMBER_TAGS[raw[end - 1]], False):
             self._number_names[raw[:end]] = name
-        if len(self._known) > _MOST_KEPT:
-            self._known.clear()
-        found = self._known[raw] = name, value, type(value) is list
+        if name and not isinstance(value, list | Typed):  # each node has lists of its own, which may be changed
+            if len(self._known) > _MOST_KEPT:
+                self._known.clear()
+            self._known[raw] = found
         return found
 
 
@@ -147,14 +160,12 @@ def _is_number(raw: bytes, end: int) -> bool:
 
 def _read_varint(raw: bytes, at: int) -> int:
     """The number that fills the rest of `raw`; -1 if it does not, or is negative as an int64."""
-    last = len(raw) - 1
-    value = shift = 0
-    for index in range(at, last + 1):
-        byte = raw[index]
+    value, shift, last = 0, 0, 7 * (len(raw) - at - 1)
+    for byte in raw[at:]:
+        if byte < 0x80:
+            return value | byte << shift if shift == last <= 56 else -1
         value |= (byte & 0x7F) << shift
         shift += 7
-        if byte < 0x80:
-            return value if index == last and value < 1 << 63 else -1
     return -1
 
 

@@ -17,6 +17,7 @@ import msgspec
 import meshloom
 from meshloom.chakra.cost import Cost, Tensor
 from meshloom.chakra.trace import CommType, Node, NodeType, Trace
+from meshloom.chakra.wire import StoredNodes
 
 Lane = Hashable
 
@@ -53,7 +54,7 @@ class TraceBuilder:
             **facts,
             "meshloom_version": meshloom.__version__,
         }
-        self._nodes: list[Node] = []
+        self._nodes = StoredNodes()
         self._writers: dict[Hashable, list[tuple[int, int, int]]] = {}  # storage -> (begin, end, node)
         self._lanes: dict[Lane, int] = {}
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from meshloom.chakra.trace import ATTRIBUTES, CommType, Node, NodeType, Trace, Typed
+from meshloom.chakra.columns import Columns, columns
+from meshloom.chakra.trace import ATTRIBUTES, CommType, Node, NodeType, Trace
 
 Severity = Literal["error", "warning"]
 
 _VERSIONS = ("0.0.4", "1.0.0")  # 1.0.0 changed the number only
+_CLOCK_NS = 1000  # files that count whole microseconds round each end
 _REQUIRED = {
     NodeType.COMM_COLL: ("comm_type", "comm_size", "pg_name"),
     NodeType.COMM_SEND: ("comm_size", "comm_src", "comm_dst", "comm_tag"),
@@ -39,77 +42,87 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.severity} {self.code} ({where}): {self.message}"
 
 
-Rule = Callable[[Trace], Iterator[Finding]]
-WorldRule = Callable[[Mapping[int, Trace]], Iterator[Finding]]
+Rule = Callable[[Columns], Iterator[Finding]]
+WorldRule = Callable[[Mapping[int, Columns]], Iterator[Finding]]
 
 
 def check(traces: Mapping[int, Trace] | Trace) -> list[Finding]:
     """Every finding of every rule on one trace, or on the traces of all ranks by rank; empty if all is well.
 
-    Errors would stop or mislead a reader; warnings only some readers.
+    Errors would stop or mislead a reader; warnings only some readers. Raises TraceError where a node is damaged.
     """
     if isinstance(traces, Trace):
         traces = {traces.rank: traces}
-    findings = [finding for trace in traces.values() for rule in TRACE_RULES for finding in rule(trace)]
-    findings += [finding for rule in WORLD_RULES for finding in rule(traces)]
+    world = {rank: columns(trace) for rank, trace in traces.items()}
+    findings = [finding for view in world.values() for rule in TRACE_RULES for finding in rule(view)]
+    findings += [finding for rule in WORLD_RULES for finding in rule(world)]
     return findings
 
 
-def _error(trace: Trace, code: str, node: int | None, message: str) -> Finding:
-    return Finding(code=code, severity="error", rank=trace.rank, node=node, message=message)
+def _error(view: Columns, code: str, node: int | None, message: str) -> Finding:
+    return Finding(code=code, severity="error", rank=view.trace.rank, node=node, message=message)
 
 
-def _warning(trace: Trace, code: str, node: int | None, message: str) -> Finding:
-    return Finding(code=code, severity="warning", rank=trace.rank, node=node, message=message)
+def _warning(view: Columns, code: str, node: int | None, message: str) -> Finding:
+    return Finding(code=code, severity="warning", rank=view.trace.rank, node=node, message=message)
 
 
-def unique_ids(trace: Trace) -> Iterator[Finding]:
+def unique_ids(view: Columns) -> Iterator[Finding]:
     """Ids are unique: readers let the last node of an id win, silently."""
-    seen: dict[int, str] = {}
-    for node in trace.nodes:
-        if node.id in seen:
-            yield _error(trace, "duplicate-id", node.id, f"expected unique ids, but {seen[node.id]!r} has it as well")
-        seen[node.id] = node.name
+    first = view.rows_of(view.ids)
+    for row in np.flatnonzero(first != np.arange(len(first))):
+        other = view.trace.nodes[int(first[row])].name
+        yield _error(view, "duplicate-id", int(view.ids[row]), f"expected unique ids, but {other!r} has it as well")
 
 
-def dependencies_exist(trace: Trace) -> Iterator[Finding]:
+def dependencies_exist(view: Columns) -> Iterator[Finding]:
     """Every dependency is a node of the file, and none is the node itself."""
-    ids = {node.id for node in trace.nodes}
-    for node in trace.nodes:
-        for kind, dependencies in (("data", node.data_deps), ("control", node.ctrl_deps)):
-            for dependency in dependencies:
-                if dependency == node.id:
-                    yield _error(trace, "self-dependency", node.id, f"{node.name!r} has a {kind} dependency on itself")
-                elif dependency not in ids:
-                    yield _error(
-                        trace,
-                        "dangling-dependency",
-                        node.id,
-                        f"{node.name!r} has a {kind} dependency on {dependency}, which is not in the file",
-                    )
+    for kind, edges in (("data", view.data), ("control", view.control)):
+        itself = view.ids[edges.owners] == edges.needed
+        missing = ~itself & (view.rows_of(edges.needed) < 0)
+        for place in np.flatnonzero(itself | missing):
+            node, needed = view.trace.nodes[int(edges.owners[place])], int(edges.needed[place])
+            if itself[place]:
+                yield _error(view, "self-dependency", node.id, f"{node.name!r} has a {kind} dependency on itself")
+            else:
+                yield _error(
+                    view,
+                    "dangling-dependency",
+                    node.id,
+                    f"{node.name!r} has a {kind} dependency on {needed}, which is not in the file",
+                )
 
 
-def acyclic(trace: Trace) -> Iterator[Finding]:
+def _known_edges(view: Columns) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(row, row that it needs) of every dependency that is in the file and not on the node itself."""
+    owners = np.concatenate((view.data.owners, view.control.owners))
+    rows = view.rows_of(np.concatenate((view.data.needed, view.control.needed)))
+    kept = (rows >= 0) & (rows != owners)
+    return owners[kept], rows[kept]
+
+
+def acyclic(view: Columns) -> Iterator[Finding]:
     """The graph has no cycle; one cycle is named (Kahn 1962, iterative)."""
-    needs = {node.id: [*node.data_deps, *node.ctrl_deps] for node in trace.nodes}
-    needs = {node: [dep for dep in deps if dep in needs and dep != node] for node, deps in needs.items()}
+    owners, rows = _known_edges(view)
+    if (rows < owners).all():  # everything comes after what it needs
+        return
     needed_by: dict[int, list[int]] = defaultdict(list)
-    for node, deps in needs.items():
-        for dep in deps:
-            needed_by[dep].append(node)
-    waiting = {node: len(deps) for node, deps in needs.items()}
-    ready = [node for node, count in waiting.items() if not count]
+    needs: dict[int, list[int]] = defaultdict(list)
+    for owner, row in zip(owners.tolist(), rows.tolist()):
+        needed_by[row].append(owner)
+        needs[owner].append(row)
+    waiting = {owner: len(deps) for owner, deps in needs.items()}
+    ready = [row for row in needed_by if row not in waiting]
     while ready:
-        node = ready.pop()
-        del waiting[node]
-        for successor in needed_by[node]:
+        for successor in needed_by.get(ready.pop(), ()):
             waiting[successor] -= 1
             if not waiting[successor]:
+                del waiting[successor]
                 ready.append(successor)
     if waiting:
-        cycle = _one_cycle(needs, waiting)
+        cycle = [int(view.ids[row]) for row in _one_cycle(needs, waiting)]
         yield _error(
-            trace,
+            view,
             "cycle",
             cycle[0],
             f"{len(waiting)} nodes lie on or behind a cycle; one is "
@@ -119,106 +132,116 @@ def acyclic(trace: Trace) -> Iterator[Finding]:
 
 
 def _one_cycle(needs: Mapping[int, list[int]], stuck: Mapping[int, int]) -> list[int]:
-    """A cycle among the stuck nodes: each of them needs another stuck one, so walking on must come round."""
-    node = min(stuck)
+    """A cycle among the stuck rows: each of them needs another stuck one, so walking on must come round."""
+    row = min(stuck)
     place: dict[int, int] = {}
-    while node not in place:
-        place[node] = len(place)
-        node = next(dep for dep in needs[node] if dep in stuck)
-    return [*list(place)[place[node] :], node]
+    while row not in place:
+        place[row] = len(place)
+        row = next(dep for dep in needs[row] if dep in stuck)
+    return [*list(place)[place[row] :], row]
 
 
-def communication_complete(trace: Trace) -> Iterator[Finding]:
+def communication_complete(view: Columns) -> Iterator[Finding]:
     """Communication nodes carry all that a simulator needs, and run on no host resource."""
-    for node in trace.nodes:
-        if not node.is_comm:
-            continue
+    for node in view.communication:
         missing = [name for name in _REQUIRED[node.type] if node.get(name) is None]
         if missing:
             yield _error(
-                trace, "incomplete-communication", node.id, f"{node.name!r}: expected attributes {', '.join(missing)}"
+                view, "incomplete-communication", node.id, f"{node.name!r}: expected attributes {', '.join(missing)}"
             )
         if node.get("is_cpu_op"):
-            yield _error(trace, "communication-on-host", node.id, f"{node.name!r}: expected is_cpu_op to be false")
+            yield _error(view, "communication-on-host", node.id, f"{node.name!r}: expected is_cpu_op to be false")
         group = node.get("pg_name")
         if group is not None and not (str(group).isdecimal() and int(group) > 0):
             yield _error(
-                trace,
+                view,
                 "bad-group",
                 node.id,
                 f"{node.name!r}: expected pg_name to be an integer above 0 as text, got {group!r}",
             )
 
 
-def times_sane(trace: Trace) -> Iterator[Finding]:
+def times_sane(view: Columns) -> Iterator[Finding]:
     """No time is negative."""
-    for node in trace.nodes:
-        if node.duration_ns < 0 or node.start_ns < 0:
-            yield _error(
-                trace,
-                "negative-time",
-                node.id,
-                f"{node.name!r}: start {node.start_ns} ns, duration {node.duration_ns} ns",
-            )
+    for row in np.flatnonzero((view.durations_ns < 0) | (view.starts_ns < 0)):
+        node = view.trace.nodes[int(row)]
+        yield _error(
+            view,
+            "negative-time",
+            node.id,
+            f"{node.name!r}: start {node.start_ns} ns, duration {node.duration_ns} ns",
+        )
 
 
-def schema_known(trace: Trace) -> Iterator[Finding]:
+def times_follow(view: Columns) -> Iterator[Finding]:
+    """Nothing measured is over before what it needs has started: an op before the one that encloses it, a kernel
+    before its launch. (It may start before: a wait does, and waits.)"""
+    owners, rows = _known_edges(view)
+    starts, ends = view.starts_ns, view.starts_ns + view.durations_ns
+    early = (ends[owners] + _CLOCK_NS < starts[rows]) & (starts[owners] > 0)
+    if early.any():
+        owner, row = (view.trace.nodes[int(side[early][0])] for side in (owners, rows))
+        yield _warning(
+            view,
+            "ends-before-need",
+            owner.id,
+            f"{early.sum()} nodes are over before what they need starts; the first, {owner.name!r}, is over "
+            f"{row.start_ns - owner.start_ns - owner.duration_ns} ns before node {row.id}, {row.name!r}",
+        )
+
+
+def schema_known(view: Columns) -> Iterator[Finding]:
     """The file says which schema it follows, and it is one that readers know."""
-    if trace.version not in _VERSIONS:
-        yield _warning(trace, "schema-version", None, f"expected one of {', '.join(_VERSIONS)}, got {trace.version!r}")
+    version = view.trace.version
+    if version not in _VERSIONS:
+        yield _warning(view, "schema-version", None, f"expected one of {', '.join(_VERSIONS)}, got {version!r}")
 
 
-def attribute_types(trace: Trace) -> Iterator[Finding]:
+def attribute_types(view: Columns) -> Iterator[Finding]:
     """Attributes have the protobuf kinds that consumers read: another kind is read as 0, or stops them."""
-    for node in trace.nodes:
-        for name, value in node.attrs.items():
-            if isinstance(value, Typed) and name in ATTRIBUTES:
-                known = ATTRIBUTES[name]
-                yield _warning(
-                    trace,
-                    "attribute-type",
-                    node.id,
-                    f"{node.name!r}: expected {name} as {known.kind}"
-                    f"{' list' * known.many}, got {value.kind}{' list' * value.many}",
-                )
+    for row, name in view.mistyped:
+        node, known = view.trace.nodes[row], ATTRIBUTES[name]
+        value = node.attrs[name]
+        yield _warning(
+            view,
+            "attribute-type",
+            node.id,
+            f"{node.name!r}: expected {name} as {known.kind}"
+            f"{' list' * known.many}, got {value.kind}{' list' * value.many}",
+        )
 
 
-def in_order(trace: Trace) -> Iterator[Finding]:
+def in_order(view: Columns) -> Iterator[Finding]:
     """Dependencies come before the nodes that need them, so that a reader may stream the file."""
-    seen: set[int] = set()
-    ids = {node.id for node in trace.nodes}
-    for node in trace.nodes:
-        seen.add(node.id)
-        late = [dep for dep in (*node.data_deps, *node.ctrl_deps) if dep not in seen and dep in ids]
-        if late:
-            yield _warning(trace, "forward-reference", node.id, f"{node.name!r} needs {late[0]}, which comes later")
+    owners, rows = _known_edges(view)
+    late = rows > owners
+    for owner, first in zip(*np.unique(owners[late], return_index=True)):
+        node, needed = view.trace.nodes[int(owner)], int(view.ids[rows[late][first]])
+        yield _warning(view, "forward-reference", node.id, f"{node.name!r} needs {needed}, which comes later")
 
 
-def streams_serial(trace: Trace) -> Iterator[Finding]:
+def streams_serial(view: Columns) -> Iterator[Finding]:
     """Measured kernels of a stream do not overlap: a stream runs one at a time."""
-    streams: dict[int, list[Node]] = defaultdict(list)
-    for node in trace.nodes:
-        stream = node.get("stream")
-        if stream is not None and node.duration_ns > 0 and not node.get("is_cpu_op"):
-            streams[stream].append(node)
-    for stream, nodes in streams.items():
-        nodes.sort(key=lambda node: node.start_ns)
-        for before, after in pairwise(nodes):
-            # files that count whole microseconds round each end
-            if before.start_ns + before.duration_ns > after.start_ns + 1000 and before.start_ns:
-                yield _warning(
-                    trace,
-                    "overlap",
-                    after.id,
-                    f"{after.name!r} begins on stream {stream} while node {before.id} still runs",
-                )
+    measured = np.flatnonzero((view.streams >= 0) & (view.durations_ns > 0) & (view.starts_ns > 0))
+    order = measured[np.lexsort((view.starts_ns[measured], view.streams[measured]))]
+    before, after = order[:-1], order[1:]
+    ends = view.starts_ns[before] + view.durations_ns[before]
+    overlap = (view.streams[before] == view.streams[after]) & (ends > view.starts_ns[after] + _CLOCK_NS)
+    for first, second in zip(before[overlap], after[overlap]):
+        node = view.trace.nodes[int(second)]
+        yield _warning(
+            view,
+            "overlap",
+            node.id,
+            f"{node.name!r} begins on stream {view.streams[second]} while node {view.ids[first]} still runs",
+        )
 
 
-def all_ranks_there(traces: Mapping[int, Trace]) -> Iterator[Finding]:
+def all_ranks_there(world: Mapping[int, Columns]) -> Iterator[Finding]:
     """Every rank of the world has a trace."""
-    world_size = max((int(trace.get("world_size", 0)) for trace in traces.values()), default=0)
+    world_size = max((int(view.trace.get("world_size", 0)) for view in world.values()), default=0)
     for rank in range(world_size):
-        if rank not in traces and len(traces) > 1:
+        if rank not in world and len(world) > 1:
             yield Finding(
                 code="missing-rank",
                 severity="error",
@@ -228,12 +251,12 @@ def all_ranks_there(traces: Mapping[int, Trace]) -> Iterator[Finding]:
             )
 
 
-def collectives_match(traces: Mapping[int, Trace]) -> Iterator[Finding]:
+def collectives_match(world: Mapping[int, Columns]) -> Iterator[Finding]:
     """All ranks of a group run the same collectives of the same size in the same order."""
     groups: dict[str, dict[int, list[Node]]] = defaultdict(dict)
     members: dict[str, list[int]] = {}
-    for rank, trace in traces.items():
-        for node in trace.nodes:
+    for rank, view in world.items():
+        for node in view.communication:
             if node.type is not NodeType.COMM_COLL:
                 continue
             group = str(node.get("pg_name"))
@@ -249,7 +272,7 @@ def collectives_match(traces: Mapping[int, Trace]) -> Iterator[Finding]:
                 continue
             groups[group].setdefault(rank, []).append(node)
     for group, by_rank in groups.items():
-        expected = [rank for rank in members.get(group, by_rank) if rank in traces]
+        expected = [rank for rank in members.get(group, by_rank) if rank in world]
         yield from _match(group, {rank: by_rank.get(rank, []) for rank in expected})
 
 
@@ -285,14 +308,14 @@ def _describe(node: Node | None) -> str:
     return f"{name} of {node.get('comm_size')} bytes"
 
 
-def messages_match(traces: Mapping[int, Trace]) -> Iterator[Finding]:
+def messages_match(world: Mapping[int, Columns]) -> Iterator[Finding]:
     """Every send meets a receive of the same tag and size, in order, where both ends' traces are there."""
     flows: dict[tuple[object, ...], dict[NodeType, list[tuple[int, Node]]]] = defaultdict(lambda: defaultdict(list))
-    for rank, trace in traces.items():
-        for node in trace.nodes:
+    for rank, view in world.items():
+        for node in view.communication:
             if node.type in (NodeType.COMM_SEND, NodeType.COMM_RECV):
                 source, destination = node.get("comm_src"), node.get("comm_dst")
-                if source in traces and destination in traces:
+                if source in world and destination in world:
                     flows[source, destination, node.get("comm_tag")][node.type].append((rank, node))
     for (source, destination, tag), ends in flows.items():
         sends, receives = ends[NodeType.COMM_SEND], ends[NodeType.COMM_RECV]
@@ -317,6 +340,7 @@ TRACE_RULES: tuple[Rule, ...] = (
     acyclic,
     communication_complete,
     times_sane,
+    times_follow,
     schema_known,
     attribute_types,
     in_order,

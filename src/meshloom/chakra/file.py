@@ -19,12 +19,14 @@ from google.protobuf.message import DecodeError
 
 from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder, varint
-from meshloom.chakra.trace import Node, NodeType, Trace
+from meshloom.chakra.trace import Trace
+from meshloom.chakra.wire import StoredNodes, decode_node, frames, whole_frames
 from meshloom.errors import FolderError, TraceError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
-_TYPES = tuple(NodeType)
-_MAX_MESSAGE = 1 << 30  # a length beyond this is a broken file, not a node
+_GZIP = b"\x1f\x8b"
+_LARGEST_MESSAGE = 1 << 28  # bytes; what has no end by then is no message
+_META_ATTR_FIELD = 2  # the number of GlobalMetadata.attr
 
 
 @contextmanager
@@ -62,42 +64,102 @@ def paused_collection() -> Iterator[None]:
 def write(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path` (gzip if it ends in .gz) and return the path; raises FolderError."""
     path = Path(path)
+    meta, nodes = _encode_meta(trace), StoredNodes.of(trace.nodes)
     with whole_file(path) as file:
         # mtime=0: the same trace gives the same bytes
         stream: Any = gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") if path.suffix == ".gz" else file
-        for body in encode(trace):
-            stream.write(varint(len(body)))
-            stream.write(body)
+        stream.write(varint(len(meta)))
+        stream.write(meta)
+        stream.write(nodes.framed())
         if stream is not file:
             stream.close()
     return path
 
 
 def read(path: str | Path) -> Trace:
-    """The trace in the file `path`; raises TraceError where it is not a Chakra trace."""
+    """The trace in the file `path`, its nodes decoded when they are asked for.
+
+    Raises TraceError where it is not a Chakra trace; for a damaged node, when that node is asked for.
+    """
     path = Path(path)
     try:
         data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
+        if data[:2] == _GZIP:
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise TraceError(f"{path}: expected a Chakra trace (.et or .et.gz), got '{what}'") from error
-    messages = _frames(data, path)
-    offset, first = next(messages, (0, b""))
+        raise _unreadable(path, error) from error
     if not data:
-        raise TraceError(f"{path}: expected a Chakra trace (.et or .et.gz), the file is empty")
-    meta = _parse(et_def_pb2.GlobalMetadata, first, path, offset)
-    decoder = AttributeDecoder()
-    if not meta.version and not meta.attr and len(first):
-        raise TraceError(f"{path}: byte {offset}: expected GlobalMetadata as the first message; not a Chakra trace")
+        raise _empty(path)
+    places = frames(data, str(path))
+    begin, end = next(places)
+    meta = _decode_meta(data[begin:end], path)
+    return Trace(nodes=StoredNodes(data, places, str(path)), attrs=meta.attrs, version=meta.version)
+
+
+def stream(path: str | Path, *, chunk_bytes: int = 16 << 20) -> Iterator[Trace]:
+    """The trace in `path` in parts of about `chunk_bytes`, so that a file of any size fits; raises TraceError.
+
+    Every part has the facts of the file; the first comes at once.
+    """
+    path = Path(path)
     try:
-        with paused_collection():
-            nodes = [_decode(_parse(et_def_pb2.RawNode, body, path, offset), decoder) for offset, body in messages]
-        attrs = decoder.all(attr.SerializeToString() for attr in meta.attr)
+        with path.open("rb") as plain:
+            zipped = plain.read(2) == _GZIP
+            plain.seek(0)
+            file: IO[bytes] = gzip.GzipFile(fileobj=plain) if zipped else plain  # type: ignore[assignment]
+            meta, data, passed = None, b"", 0
+            while more := file.read(chunk_bytes):
+                data += more
+                places = list(whole_frames(data))
+                if meta is None and places:
+                    (begin, end), *places = places
+                    meta = _decode_meta(data[begin:end], path)
+                if not places and len(data) > _LARGEST_MESSAGE:
+                    break
+                if meta is None or not places:
+                    continue
+                yield Trace(nodes=StoredNodes(data, places, str(path), passed), attrs=meta.attrs, version=meta.version)
+                used = places[-1][1]
+                data, passed = data[used:], passed + used
+            if meta is None and not data:
+                raise _empty(path)
+            for begin, end in frames(data, str(path), passed):  # only the first message, or one that breaks off
+                meta = meta or _decode_meta(data[begin:end], path)
+                yield Trace(nodes=[], attrs=meta.attrs, version=meta.version)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> TraceError:
+    what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return TraceError(f"{path}: expected a Chakra trace (.et or .et.gz), got '{what}'")
+
+
+def _empty(path: Path) -> TraceError:
+    return TraceError(f"{path}: expected a Chakra trace (.et or .et.gz), the file is empty")
+
+
+def _decode_meta(body: bytes, path: Path) -> Trace:
+    """The facts of the file, without nodes."""
+    try:
+        meta = et_def_pb2.GlobalMetadata.FromString(body)
+        attrs = AttributeDecoder().all(attr.SerializeToString() for attr in meta.attr)
     except DecodeError as error:
-        raise TraceError(f"{path}: expected attributes in every node; damaged, or no Chakra trace") from error
-    return Trace(nodes=nodes, attrs=attrs, version=meta.version)
+        raise TraceError(f"{path}: byte 0: expected a GlobalMetadata message; damaged, or no Chakra trace") from error
+    if not meta.version and not meta.attr and body:
+        raise TraceError(f"{path}: byte 0: expected GlobalMetadata as the first message; not a Chakra trace")
+    return Trace(nodes=[], attrs=attrs, version=meta.version)
+
+
+def trace_files(where: str | Path) -> list[Path]:
+    """The trace file that `where` is, or the files of the folder (or of its `trace` folder); raises TraceError."""
+    where = Path(where)
+    if not where.is_dir():
+        return [where]
+    files = next((found for folder in (where, where / "trace") if (found := sorted(folder.glob("*.et*")))), [])
+    if not files:
+        raise TraceError(f"{where}: expected a folder with rank<r>.et files (or a run folder), found none")
+    return files
 
 
 def read_all(where: str | Path) -> dict[int, Trace]:
@@ -105,14 +167,7 @@ def read_all(where: str | Path) -> dict[int, Trace]:
 
     A folder may be a trace folder or a run folder, whose `trace` folder is then meant.
     """
-    where = Path(where)
-    if where.is_dir():
-        folders = [where, where / "trace"]
-        files = next((found for folder in folders if (found := sorted(folder.glob("*.et*")))), [])
-        if not files:
-            raise TraceError(f"{where}: expected a folder with rank<r>.et files (or a run folder), found none")
-    else:
-        files = [where]
+    files = trace_files(where)
     traces: dict[int, Trace] = {}
     for index, file in enumerate(files):
         trace = read(file)
@@ -123,68 +178,10 @@ def read_all(where: str | Path) -> dict[int, Trace]:
     return dict(sorted(traces.items()))
 
 
-def _frames(data: bytes, path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, body) of each message."""
-    at, end = 0, len(data)
-    while at < end:
-        start, size, shift = at, 0, 0
-        while True:
-            if at >= end or shift > 28:
-                raise TraceError(
-                    f"{path}: byte {start}: expected the length of a message; truncated, or no Chakra trace"
-                )
-            byte = data[at]
-            at += 1
-            size |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-        if size > _MAX_MESSAGE or at + size > end:
-            raise TraceError(
-                f"{path}: byte {start}: expected a message of {size} bytes, got {end - at}; "
-                "truncated, or no Chakra trace"
-            )
-        yield at, data[at : at + size]
-        at += size
-
-
-def _parse(kind: Any, body: bytes, path: Path, offset: int) -> Any:
-    try:
-        return kind.FromString(body)
-    except DecodeError as error:
-        raise TraceError(
-            f"{path}: byte {offset}: expected a {kind.DESCRIPTOR.name} message; damaged, or no Chakra trace"
-        ) from error
-
-
 def encode(trace: Trace) -> Iterable[bytes]:
     """The bytes of each message of the trace's file, GlobalMetadata first."""
-    meta = et_def_pb2.GlobalMetadata(version=trace.version)
-    encoder = AttributeEncoder()
-    meta.attr.extend(et_def_pb2.AttributeProto.FromString(raw) for raw in encoder.all(trace.attrs))
-    yield meta.SerializeToString()
-    raw_node = et_def_pb2.RawNode
-    for node in trace.nodes:
-        start_ns, duration_ns = node.start_ns, node.duration_ns
-        attrs = encoder.all(node.attrs)
-        if start_ns % 1000 or duration_ns % 1000:
-            attrs += encoder.all({"start_ns": start_ns, "duration_ns": duration_ns})
-        # micros are for others: start rounded down, duration up, so that nothing measured becomes 0
-        message = raw_node(
-            id=node.id,
-            name=node.name,
-            type=node.type,
-            ctrl_deps=node.ctrl_deps,
-            data_deps=node.data_deps,
-            start_time_micros=start_ns // 1000,
-            duration_micros=-(-duration_ns // 1000),
-            attr=attrs,
-        )
-        if node.inputs is not None:
-            message.inputs.values, message.inputs.shapes, message.inputs.types = node.inputs
-        if node.outputs is not None:
-            message.outputs.values, message.outputs.shapes, message.outputs.types = node.outputs
-        yield message.SerializeToString()
+    yield _encode_meta(trace)
+    yield from StoredNodes.of(trace.nodes).bodies()
 
 
 def decode(messages: Iterable[bytes]) -> Trace:
@@ -192,30 +189,10 @@ def decode(messages: Iterable[bytes]) -> Trace:
     bodies, decoder = iter(messages), AttributeDecoder()
     meta = et_def_pb2.GlobalMetadata.FromString(next(bodies))
     attrs = decoder.all(attr.SerializeToString() for attr in meta.attr)
-    nodes = [_decode(et_def_pb2.RawNode.FromString(body), decoder) for body in bodies]
-    return Trace(nodes=nodes, attrs=attrs, version=meta.version)
+    nodes = [decode_node(body, decoder) for body in bodies]
+    return Trace(nodes=StoredNodes.of(nodes), attrs=attrs, version=meta.version)
 
 
-def _decode(message: Any, decoder: AttributeDecoder) -> Node:
-    attrs = decoder.all(message.attr)
-    start_ns, duration_ns = attrs.pop("start_ns", None), attrs.pop("duration_ns", None)
-    kind = message.type
-    return Node(
-        id=message.id,
-        name=message.name,
-        type=_TYPES[kind] if 0 <= kind <= 7 else NodeType.INVALID,
-        data_deps=message.data_deps[:],
-        ctrl_deps=message.ctrl_deps[:],
-        start_ns=message.start_time_micros * 1000 if start_ns is None else start_ns,
-        duration_ns=message.duration_micros * 1000 if duration_ns is None else duration_ns,
-        attrs=attrs,
-        inputs=_info(message, "inputs"),
-        outputs=_info(message, "outputs"),
-    )
-
-
-def _info(message: Any, field: str) -> tuple[str, str, str] | None:
-    if not message.HasField(field):
-        return None
-    info = getattr(message, field)
-    return info.values, info.shapes, info.types
+def _encode_meta(trace: Trace) -> bytes:
+    meta = et_def_pb2.GlobalMetadata(version=trace.version)
+    return bytes(meta.SerializeToString()) + AttributeEncoder(_META_ATTR_FIELD).all(trace.attrs)

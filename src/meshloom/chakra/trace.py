@@ -6,6 +6,7 @@ one list of attributes that Meshloom writes; `docs/trace-format.md` is held agai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
@@ -158,9 +159,13 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
-    """What ran on one rank: facts about the file (`attrs`) and nodes, dependencies before those that need them."""
+    """What ran on one rank: facts about the file (`attrs`) and nodes, dependencies before those that need them.
 
-    nodes: list[Node]
+    `nodes` may be a list; in traces that were read or made here they are decoded whenever they are asked for, so keep
+    those that you need more than once.
+    """
+
+    nodes: Sequence[Node]
     attrs: dict[str, Any] = {}
     version: str = SCHEMA_VERSION
 

@@ -2,48 +2,86 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
-from meshloom.chakra.file import read_all
+from meshloom.chakra.file import stream, trace_files
+from meshloom.chakra.summary import Summary, join, summarize
 from meshloom.chakra.trace import Trace
-from meshloom.view.graph import summary
+
+_ALONE = 64 << 20  # bytes of a file that one process reads before others would have started
 
 
 @click.command()
 @click.argument("where", metavar="TRACE|DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(where: str, as_json: bool) -> None:
-    """Say what a trace holds: nodes, FLOPs, bytes, phases, communication.
+    """Say what a trace holds: nodes, steps, time, FLOPs, bytes, phases, communication by kind and size.
+
+    Files are read in parts, by all cores where they are large: their size does not matter.
 
     \b
     Example:
       meshloom info runs/gpt2-tiny.dp2.20261121-120000/trace/rank0.et
     """
-    facts = {rank: _facts(trace) for rank, trace in read_all(where).items()}
+    told = [_facts(file) for file in trace_files(where)]
     if as_json:
-        click.echo(msgspec.json.encode(facts).decode())
+        by_rank = {str(facts["file"].get("rank", index)): facts for index, facts in enumerate(told)}
+        click.echo(msgspec.json.encode(by_rank).decode())
         return
-    for rank, told in facts.items():
-        click.echo(
-            f"rank {rank}: " + ", ".join(f"{name} {value}" for name, value in told["file"].items() if name != "rank")
-        )
-        click.echo(f"  {told['num_nodes']:,} nodes, {told['flops']:,} FLOP, {told['bytes']:,} bytes moved")
-        click.echo("  ops by phase: " + ", ".join(f"{phase} {count:,}" for phase, count in told["phases"].items()))
-        for name, row in told["communication"].items():
-            click.echo(f"  {name}: {row['count']:,} × {row['bytes'] // row['count']:,} bytes on average")
+    for facts in told:
+        _tell(facts["path"], facts["file"], facts["summary"])
 
 
-def _facts(trace: Trace) -> dict[str, Any]:
-    work = [node for node in trace.nodes if not node.is_comm and node.get("op_class") != "host"]
+def _facts(path: Path) -> dict[str, Any]:
+    first: list[Trace] = []
+
+    def parts() -> Iterator[Trace]:
+        for part in stream(path):
+            first[:1] = [part]
+            yield part
+
+    summary = _summary(parts(), path)
     return {
-        "file": {name: trace.get(name) for name in trace.attrs},
-        "num_nodes": len(trace.nodes),
-        "flops": sum(int(node.get("num_ops", 0)) for node in work),
-        "bytes": sum(int(node.get("tensor_size", 0)) for node in work),
-        "phases": dict(Counter(node.get("phase") or "other" for node in work)),
-        "communication": summary(trace),
+        "path": str(path),
+        "file": {name: first[0].get(name) for name in first[0].attrs},
+        "version": first[0].version,
+        "summary": summary,
+        "duration_ns": summary.duration_ns,
     }
+
+
+def _summary(parts: Iterator[Trace], path: Path) -> Summary:
+    if path.is_file() and path.stat().st_size < _ALONE:
+        return join(summarize(part.nodes) for part in parts)
+    workers = os.cpu_count() or 1
+    done: list[Summary] = []
+    waiting: deque[Future[Summary]] = deque()
+    with ProcessPoolExecutor(workers) as pool:
+        for part in parts:
+            waiting.append(pool.submit(summarize, part.nodes))
+            if len(waiting) > workers + 1:  # parts that wait stand in memory
+                done.append(waiting.popleft().result())
+        return join([*done, *(future.result() for future in waiting)])
+
+
+def _tell(name: str, file: dict[str, Any], summary: Summary) -> None:
+    click.echo(f"{name}: " + ", ".join(f"{key} {value}" for key, value in file.items()))
+    types = ", ".join(f"{count:,} {kind}" for kind, count in summary.types.items())
+    click.echo(f"  {summary.num_nodes:,} nodes ({types}), {file.get('num_steps', 1)} step(s)")
+    click.echo(f"  {summary.flops:,} FLOP, {summary.num_bytes:,} bytes moved")
+    if summary.phases:
+        click.echo("  ops by phase: " + ", ".join(f"{phase} {count:,}" for phase, count in summary.phases.items()))
+    if summary.first and summary.last:
+        click.echo(f"  {summary.duration_ns / 1e6:,.3f} ms from the start of node {summary.first.node}, "
+                   f"{summary.first.name}, to the end of node {summary.last.node}, {summary.last.name}")  # fmt: skip
+    for item in summary.traffic:
+        axis = f" ({item.axis})" if item.axis else ""
+        click.echo(f"  {item.kind}{axis}: {item.count:,} × {item.num_bytes:,} bytes")
