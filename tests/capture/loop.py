@@ -16,7 +16,7 @@ def main(folder: str, how: str) -> None:
     """Six steps of a small model, the fourth and fifth recorded."""
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with meshloom.record(folder, wait=1, warmup=2, active=2) as rec:
+    with meshloom.record(folder, wait=1, warmup=2, active=2, separate=how == "separate", stacks=True) as rec:
         for step in range(6):
             model(torch.randn(2, 8)).sum().backward()
             optimizer.step()

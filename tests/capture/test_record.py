@@ -27,8 +27,25 @@ def test_a_plain_script(tmp_path: Path, how: str, code: int) -> None:
     assert len(forward) == 4, "two layers, two steps"
     assert {node.get("module") for node in forward} == {"0", "2"}
     assert trace.get("num_steps") == 2
+    table = (tmp_path / "trace" / "rank0.stacks.txt").read_text().splitlines()
+    assert table[0] == f"# rank=0 world_size=1 step=3 num_steps=2: {len(trace.nodes):,} nodes"
+    rows = [line.split(maxsplit=3) for line in table[2:]]
+    assert sum(int(row[2]) for row in rows) == len(trace.nodes)
+    assert abs(sum(float(row[1]) for row in rows) - sum(node.duration_ns for node in trace.nodes) / 1000) < len(rows)
+    assert [row[2] for row in rows if row[3].endswith("> 0 > aten::addmm")] == ["2"]
     assert trace.get("step") == 3
     assert sum(node.name.startswith("Optimizer.step") for node in trace.nodes) == 2
+
+
+def test_each_step_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "separate"]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    traces = [meshloom.read(tmp_path / f"step{step}" / "rank0.et") for step in (3, 4)]
+    assert [(trace.get("step"), trace.get("num_steps")) for trace in traces] == [(3, 1), (4, 1)]
+    for trace in traces:
+        assert check(trace) == []
+        assert sum(node.name == "aten::addmm" for node in trace.nodes if node.get("op_class") == "gemm") == 2
+    assert not (tmp_path / "rank0.et").exists()
 
 
 def test_numbers_that_cannot_be(tmp_path: Path) -> None:

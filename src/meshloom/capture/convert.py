@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
+from meshloom.capture.alone import link_alone
 from meshloom.capture.collectives import C10D, collective_named, is_communication, reduction_named
-from meshloom.capture.device import Args
-from meshloom.capture.host import TensorRef, written
+from meshloom.capture.device import Args, Kernel, Launch
+from meshloom.capture.host import UNKNOWN, TensorRef, written
 from meshloom.capture.link import Launched, Linked, Op, backend_events, in_order, link, longest_kernels, own_times
 from meshloom.capture.notes import Notes, notes_of, read_notes
 from meshloom.chakra.build import Region, TraceBuilder
@@ -44,14 +45,15 @@ _COMPOSITE = frozenset((
 
 
 def convert_rank(
-    host: Path, device: Path, out: Path, *, notes: Path | None = None, rank: int | None = None
+    host: Path, device: Path | None, out: Path, *, notes: Path | None = None, rank: int | None = None
 ) -> tuple[Trace, list[str]]:
     """Write the Chakra trace of one rank to `out`; returns it, and what had to be repaired or left out.
 
-    Without `notes`, rank and groups are taken from the device file. Raises TraceError, FolderError.
+    Without `device`, `host` may be either of PyTorch's files alone. Without `notes`, rank and groups are taken from
+    the device file. Raises TraceError, FolderError.
     """
     with paused_collection():
-        linked = link(host, device)
+        linked = link(host, device) if device is not None else link_alone(host)
         told = read_notes(notes) if notes is not None else notes_of(linked, rank)
         trace = convert(linked, told)
         write(trace, out)
@@ -103,6 +105,8 @@ class _Converter:
         self.last_host: int | None = None
         self.started_threads: set[int] = set()
         self.waited: dict[int, list[int]] = {}  # thread -> kernels that it has waited for
+        self.stream_waits: dict[int, list[int]] = {}  # stream -> kernels of others that its next one waits for
+        self.recorded: dict[int, dict[int, int]] = {}  # correlation of an event's note -> last kernels at that moment
 
     def trace(self) -> Trace:
         """The trace of all ops and kernels."""
@@ -112,8 +116,7 @@ class _Converter:
             elif isinstance(item, Launched):
                 self._kernel(item)
             else:
-                streams = [item.stream] if item.stream in self.last_kernel else list(self.last_kernel)
-                self.waited[item.thread] = [self.last_kernel[stream] for stream in streams]
+                self._order(item)
         return self.builder.finish()
 
     # -- the host
@@ -185,8 +188,8 @@ class _Converter:
             scope=True,
             lane=("thread", op.thread),
             after=self._before(op),
-            reads=[_region(ref) for refs in op.inputs for ref in refs] if moves else (),
-            writes=[_region(ref) for ref in op.outputs] if moves else (),
+            reads=_regions([ref for refs in op.inputs for ref in refs]) if moves else (),
+            writes=_regions(op.outputs) if moves else (),
             duration_ns=self.own_ns[index],
             **self._attrs(index, op),
         )
@@ -213,8 +216,8 @@ class _Converter:
         return {
             "inputs": [_tensor(ref) for ref in inputs],
             "outputs": [_tensor(ref) for ref in changed],
-            "reads": [_region(ref) for ref in inputs],
-            "writes": [_region(ref) for ref in changed],
+            "reads": _regions(inputs),
+            "writes": _regions(changed),
             "dtype": (changed or inputs)[0].dtype if changed or inputs else "",
         }
 
@@ -233,6 +236,21 @@ class _Converter:
 
     # -- the device
 
+    def _order(self, call: Launch) -> None:
+        """A call that notes an event, lets a stream wait for one, or lets the host wait for an event or for streams."""
+        if call.wait_record >= 0:
+            noted = self.recorded.get(call.wait_record, self.last_kernel)
+            kernels = [noted[call.wait_stream]] if call.wait_stream in noted else []
+        else:
+            streams = [call.stream] if call.stream in self.last_kernel else list(self.last_kernel)
+            kernels = [self.last_kernel[stream] for stream in streams]
+        if "Synchronize" in call.name:
+            self.waited[call.thread] = kernels
+        elif call.wait_record >= 0:
+            self.stream_waits.setdefault(call.stream, []).extend(kernels)
+        else:
+            self.recorded[call.correlation] = dict(self.last_kernel)
+
     def _kernel(self, item: Launched) -> None:
         kernel = item.kernel
         lane = ("stream", kernel.stream)
@@ -247,13 +265,13 @@ class _Converter:
             attrs.update(phase=phase, module=module, rf_id=self.ops[item.op].rf_id)
             launcher = self.nodes[item.op] or self._parent_node(self.ops[item.op])
             after = [launcher] if launcher is not None else []
-        else:
+        elif not item.launched:
             self._warn_once(
                 f"{kernel.name.partition('(')[0]}: no launch of it is in the device file; it depends on its stream only"
             )
-        if is_communication(kernel.name):
-            node = self._communication_kernel(item, after, attrs, lane)
-        else:
+        after += self.stream_waits.pop(kernel.stream, [])
+        node = self._communication_kernel(item, after, attrs) if is_communication(kernel.name) else None
+        if node is None:
             op = self._working_op(item.op)
             told = self._tensors(op) if op is not None else {}
             work = self._work(op) if op is not None and self.longest.get(item.op) is item else _PART
@@ -267,41 +285,59 @@ class _Converter:
             index = self.ops[index].parent
         return self.ops[index] if index >= 0 else None
 
-    def _communication_kernel(self, item: Launched, after: list[int], attrs: dict[str, Any], lane: Any) -> int:
+    def _communication_kernel(self, item: Launched, after: list[int], attrs: dict[str, Any]) -> int | None:
+        """The node of a collective's or message's kernel; None if nothing tells what it is."""
         kernel, chain = item.kernel, list(self._chain(item.op))
         c10d = next((op for op in chain if op.name.startswith("c10d::")), None)
         params = next((op for op in chain if op.name == "record_param_comms"), None)
-        said = kernel.args.collective
         name = c10d.name.removeprefix("c10d::") if c10d is not None else ""
         previous = [self.last_kernel[kernel.stream]] if kernel.stream in self.last_kernel else []
         after = [*after, *previous]
-        if name in ("send", "recv_"):
-            return self._message(c10d, name, after, attrs) if c10d is not None else -1
+        if kernel.args.source >= 0 and kernel.args.destination >= 0:
+            return self._told_message(kernel, after, attrs)
+        if c10d is not None and name in ("send", "recv_") and len(c10d.scalars) > 3:
+            return self._message(c10d, name, after, attrs)
         names = [
-            said,
+            kernel.args.collective,
             *(str(value) for value in (params.scalars if params else []) if isinstance(value, str)),
             name,
+            *(op.name for op in chain if op.name.startswith("nccl:")),
             kernel.name,
         ]
         kind = collective_named(*names)
         if kind is None:
-            raise TraceError(
-                f"rank {self.notes.rank}: {kernel.name.partition('(')[0]} is a collective that neither "
-                f"its name nor the host trace tells"
+            self._warn_once(
+                f"{kernel.name.partition('(')[0]}: expected its name, its arguments or its op to tell what it "
+                "communicates, they do not; it stays a kernel"
             )
+            return None
         _, source, target = C10D.get(name, (kind, 0, 0))
         sent, received = (c10d.inputs[source], c10d.inputs[target]) if c10d is not None and c10d.inputs else ([], [])
-        group = self._group_of_kernel(kernel.args, params)
+        if not sent:  # device files alone tell the shape only in NCCL's own scope
+            sent = next((op.inputs[0] for op in chain if op.name.startswith("nccl:") and op.inputs), [])
         return self._collective(
             kernel.name,
             kind,
-            group,
+            self._group_of_kernel(kernel.args, params),
             sent,
             received,
             after,
             attrs,
             reduction=reduction_named(kernel.name),
             args=kernel.args,
+        )
+
+    def _told_message(self, kernel: Kernel, after: list[int], attrs: dict[str, Any]) -> int:
+        """A send or receive of which the device file tells both ends."""
+        args = kernel.args
+        return self.builder.message(
+            kernel.name,
+            source=args.source,
+            destination=args.destination,
+            tag=0,
+            num_bytes=max(args.num_sent, args.num_received) * _ITEMSIZES.get(args.dtype, 1),
+            after=after,
+            **attrs,
         )
 
     def _chain(self, index: int) -> Iterator[Op]:
@@ -324,7 +360,8 @@ class _Converter:
         size = args.group_size or (params.scalars[-1] if params is not None and params.scalars else None)
         if size == self.notes.world_size:
             return _Group(list(range(self.notes.world_size)), None)
-        self._warn_once(f"a process group of {size} ranks is not listed in the device file; its ranks are left out")
+        told = f"of {size} ranks" if size else "of unknown size"
+        self._warn_once(f"a process group {told} is not listed in the device file; its ranks are left out")
         key = name or str(params.scalars[2] if params is not None and len(params.scalars) > 2 else size)
         return _Group([], str(2 + crc32(key.encode()) % ((1 << 31) - 3)))
 
@@ -400,8 +437,8 @@ class _Converter:
             dtype=dtype,
             reduction=reduction,
             axis=self.notes.axes.get(",".join(map(str, group.ranks)), ""),
-            reads=[_region(ref) for ref in sent],
-            writes=[_region(ref) for ref in received],
+            reads=_regions(sent),
+            writes=_regions(received),
             after=after,
             **attrs,
         )
@@ -410,7 +447,7 @@ class _Converter:
         refs = op.inputs[0]
         peer, tag = int(op.scalars[2]), int(op.scalars[3])
         source, destination = (self.notes.rank, peer) if name == "send" else (peer, self.notes.rank)
-        regions = [_region(ref) for ref in refs]
+        regions = _regions(refs)
         return self.builder.message(
             op.name,
             source=source,
@@ -453,8 +490,8 @@ def _tensor(ref: TensorRef) -> Tensor:
     return Tensor(ref.shape, ref.itemsize)
 
 
-def _region(ref: TensorRef) -> Region:
-    return Region(ref.storage, ref.begin, ref.end)
+def _regions(refs: Sequence[TensorRef]) -> list[Region]:
+    return [Region(ref.storage, ref.begin, ref.end) for ref in refs if ref.storage != UNKNOWN]
 
 
 def _num_bytes(refs: Sequence[TensorRef]) -> int:

@@ -11,6 +11,7 @@ from meshloom.capture.repair import each, read_json
 
 _HOST = ("cpu_op", "user_annotation")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_SYNC = "cuda_sync"
 _LAUNCH = ("cuda_runtime", "cuda_driver", "hip_runtime", "xpu_runtime", "privateuse1_runtime")
 
 
@@ -23,7 +24,14 @@ _KINETO_NAMES = {
     "group_size": "Group size",
     "num_sent": "In msg nelems",
     "num_received": "Out msg nelems",
+    "source": "Src Rank",
+    "destination": "Dst Rank",
+    "wait_stream": "wait_on_stream",
+    "wait_record": "wait_on_cuda_event_record_corr_id",
+    "input_dims": "Input Dims",
+    "input_types": "Input type",
 }
+NOTHING = msgspec.Raw(b"")
 
 
 class Args(msgspec.Struct, gc=False, rename=_KINETO_NAMES):
@@ -40,10 +48,16 @@ class Args(msgspec.Struct, gc=False, rename=_KINETO_NAMES):
     dtype: str = ""
     num_sent: int = 0
     num_received: int = 0
+    source: int = -1
+    destination: int = -1
+    wait_stream: int = -1
+    wait_record: int = -1
+    input_dims: msgspec.Raw = NOTHING  # most files that have them come with a host trace, which tells more
+    input_types: msgspec.Raw = NOTHING
 
 
 class HostEvent(msgspec.Struct, kw_only=True, gc=False):
-    """A host op's time; `rf_id` is -1 where the file does not tell it."""
+    """A host op's time; `rf_id` is -1 where the file does not tell it, `args` None where nobody asked."""
 
     name: str
     thread: int
@@ -51,10 +65,14 @@ class HostEvent(msgspec.Struct, kw_only=True, gc=False):
     duration_ns: int
     rf_id: int
     sequence: int
+    args: Args | None
 
 
 class Launch(msgspec.Struct, kw_only=True, gc=False):
-    """A call of the driver or runtime: it may launch what carries its correlation, or wait for the device."""
+    """A call of the driver or runtime: it may launch what carries its correlation, note an event in a stream, or wait.
+
+    A wait for an event names the stream that is waited for and the correlation of the call that noted the event.
+    """
 
     name: str
     thread: int
@@ -62,6 +80,8 @@ class Launch(msgspec.Struct, kw_only=True, gc=False):
     duration_ns: int
     correlation: int
     stream: int
+    wait_stream: int = -1
+    wait_record: int = -1
 
 
 class Kernel(msgspec.Struct, kw_only=True, gc=False):
@@ -102,13 +122,14 @@ class _Trace(msgspec.Struct, gc=False):
     distributedInfo: dict[str, Any] = {}  # noqa: N815
 
 
-def read_device(path: Path, warnings: list[str]) -> DeviceTrace:
-    """The device trace in `path`; raises TraceError."""
+def read_device(path: Path, warnings: list[str], *, keep_args: bool = False) -> DeviceTrace:
+    """The device trace in `path`, with the arguments of host events if asked; raises TraceError."""
     what = "a Kineto trace"
     trace = read_json(path, _Trace, what, warnings)
     host: list[HostEvent] = []
     launches: list[Launch] = []
     kernels: list[Kernel] = []
+    syncs: dict[int, Args] = {}
     for event in each(trace.traceEvents, _Event, path, what, warnings):
         if event.ph != "X" or event.cat is None:
             continue
@@ -124,6 +145,7 @@ def read_device(path: Path, warnings: list[str]) -> DeviceTrace:
                     duration_ns=duration_ns,
                     rf_id=args.rf_id,
                     sequence=args.sequence,
+                    args=args if keep_args else None,
                 )
             )
         elif event.cat in _DEVICE:
@@ -149,6 +171,13 @@ def read_device(path: Path, warnings: list[str]) -> DeviceTrace:
                     stream=_number(-1 if args.stream is None else args.stream),
                 )
             )
+        elif event.cat == _SYNC:
+            syncs[args.correlation] = args
+    for launch in launches:  # what the driver says of a wait stands in an event of its own
+        sync = syncs.get(launch.correlation)
+        if sync is not None:
+            launch.wait_stream, launch.wait_record = sync.wait_stream, sync.wait_record
+            launch.stream = _number(sync.stream)
     host.sort(key=lambda event: (event.start_ns, -event.duration_ns))
     launches.sort(key=lambda event: event.start_ns)
     kernels.sort(key=lambda event: (event.start_ns, event.stream))

@@ -15,6 +15,9 @@ _WANTED = frozenset(("rf_id", "tid", "seq_id", "op_schema"))
 _ROOTS = ("[pytorch|", "## process_group")  # nodes that stand for a process, a thread, or facts, not for something run
 
 
+UNKNOWN = -1  # the storage of a tensor of which a file tells the shape only
+
+
 class TensorRef(msgspec.Struct, frozen=True, gc=False):
     """A tensor of an op: where it lies in its storage (bytes), its shape, its element."""
 
@@ -27,8 +30,13 @@ class TensorRef(msgspec.Struct, frozen=True, gc=False):
 
 
 class HostOp(msgspec.Struct, kw_only=True, gc=False):
-    """One op as the host trace tells it; `thread` is the trace's own number, `inputs` has each argument's tensors."""
+    """One op as the host trace tells it; `thread` is the trace's own number, `inputs` has each argument's tensors.
 
+    `parent` is the trace's id of what encloses it; not always right, see `link`.
+    """
+
+    id: int
+    parent: int
     rf_id: int
     name: str
     schema: str
@@ -58,6 +66,8 @@ class _Node(msgspec.Struct, gc=False):
     name: str
     inputs: _Io | list[Any]
     outputs: _Io | list[Any]
+    ctrl_deps: int = -1
+    parent: int = -1  # its name up to 1.0.1
     attrs: list[_Attr] = []
     input_shapes: list[Any] = []
     input_types: list[Any] = []
@@ -101,6 +111,8 @@ def _op(node: _Node) -> HostOp:
         facts = {attr.name: attr.value for attr in node.attrs if attr.name in _WANTED}
     values, scalars = _arguments(inputs)
     return HostOp(
+        id=node.id,
+        parent=max(node.ctrl_deps, node.parent),
         rf_id=int(facts.get("rf_id", 0)),
         name=node.name,
         schema=str(facts.get("op_schema", "")),
@@ -166,7 +178,12 @@ def _ref(value: list[Any], shape: Any, strides: Any, dtype: str) -> TensorRef:
         for dim, stride in zip(dims, strides):
             extent += (dim - 1) * stride
     begin = offset * itemsize
-    return TensorRef(storage, begin, begin + extent * itemsize, dims, itemsize, _DTYPES.get(dtype, dtype))
+    return TensorRef(storage, begin, begin + extent * itemsize, dims, itemsize, dtype_named(dtype))
+
+
+def dtype_named(name: str) -> str:
+    """What everyone calls the element type that PyTorch's files call `name`."""
+    return _DTYPES.get(name, name)
 
 
 # What the host trace calls element types -> what everyone else does.

@@ -43,16 +43,17 @@ class Op(msgspec.Struct, kw_only=True, gc=False):
 
 
 class Launched(msgspec.Struct, frozen=True, gc=False):
-    """A kernel, the op that launched it (its index, -1 if none is known), and when that was."""
+    """A kernel, the op that launched it (its index, -1 if none is known), when that was, and whether that is known."""
 
     kernel: Kernel
     op: int
     launched_ns: int
+    launched: bool = True
 
 
 class Linked(msgspec.Struct, kw_only=True, gc=False):
-    """One rank: ops in the order of their starts, kernels in the order of their launches, calls that waited for the
-    device, and what had to be repaired or left out."""
+    """One rank: ops in the order of their starts, kernels in the order of their launches, calls that order streams or
+    wait for the device, and what had to be repaired or left out."""
 
     ops: list[Op]
     kernels: list[Launched]
@@ -78,17 +79,27 @@ def link(host: Path, device: Path) -> Linked:
         warnings.append(f"{message}; they were left out")
     ops = [_timed(node, event) for node, event in pairs if event is not None]
     ops.sort(key=lambda op: (op.start_ns, -op.duration_ns, op.rf_id))
+    return linked(ops, told, warnings)
+
+
+def linked(ops: list[Op], told: DeviceTrace, warnings: list[str]) -> Linked:
+    """The ops, each with its parent, and the kernels that they launched; `ops` come in the order of their starts."""
     enclosing = _nest(ops, told.launches)
     by_correlation = {launch.correlation: index for index, launch in enumerate(told.launches)}
     kernels = []
     for kernel in told.kernels:
         index = by_correlation.get(kernel.correlation)
         if index is None:
-            kernels.append(Launched(kernel, -1, kernel.start_ns))
+            kernels.append(Launched(kernel, -1, kernel.start_ns, launched=False))
         else:
             kernels.append(Launched(kernel, enclosing[index], told.launches[index].start_ns))
     kernels.sort(key=lambda launched: (launched.launched_ns, launched.kernel.start_ns))
-    waits = [launch for launch in told.launches if "Synchronize" in launch.name]
+    records = {launch.wait_record for launch in told.launches}
+    waits = [
+        launch
+        for launch in told.launches
+        if "Synchronize" in launch.name or launch.wait_record >= 0 or launch.correlation in records
+    ]
     return Linked(ops=ops, kernels=kernels, waits=waits, device=told, warnings=warnings)
 
 

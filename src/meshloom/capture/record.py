@@ -27,13 +27,16 @@ from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile, re
 from meshloom.capture.convert import MODULE, convert_rank
 from meshloom.capture.notes import Notes
 from meshloom.chakra.file import whole_file
+from meshloom.chakra.stacks import stacks as stacks_of
 from meshloom.errors import FolderError, UsageError
 
 
 class Recorder:
-    """Records one step of a run on this rank: call it with each step's number for what should stand around the step.
+    """Records steps of a run on this rank: call it with each step's number for what should stand around the step.
 
-    `facts` go into the trace's metadata. Raises FolderError if `folder` cannot be written.
+    Steps `step` to `step + active - 1` are recorded, into one trace, or each into a folder of its own (`step<n>`) if
+    `separate`. `stacks` adds a table of times as text, `facts` go into the trace's metadata. Raises FolderError if
+    `folder` cannot be written.
     """
 
     def __init__(
@@ -41,29 +44,53 @@ class Recorder:
         folder: str | Path,
         *,
         step: int,
+        active: int = 1,
+        separate: bool = False,
+        stacks: bool = False,
         model: nn.Module | None = None,
         axes: Mapping[tuple[int, ...], str] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder = Path(folder)
-        self._step = step
+        self._steps = range(step, step + active)
+        self._separate, self._stacks = separate, stacks
         self._paths = {id(module): path for path, module in model.named_modules()} if model is not None else {}
         self._axes = dict(axes or {})
         self._facts = dict(facts or {})
+        self._recording = ExitStack()
+        self._last = step  # the step that began last
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FolderError(f"{self._folder}: expected to make a folder here, got '{error.strerror}'") from error
+        _make(self._folder)
 
     def __call__(self, step: int) -> AbstractContextManager[None]:
-        """What should stand around step number `step`: the recording if it is the one, else nothing."""
-        return self._record() if step == self._step else nullcontext()
+        """What should stand around step number `step`: the recording, or its part of it, or nothing."""
+        return self._around(step) if step in self._steps else nullcontext()
+
+    def finish(self) -> None:
+        """End the recording if it is open: what was recorded until now is written."""
+        self._recording.close()
 
     @contextmanager
-    def _record(self) -> Iterator[None]:
+    def _around(self, step: int) -> Iterator[None]:
+        """A step of the recording: the first begins it, the last ends it, and so does an exception."""
+        begin, length = (step, 1) if self._separate else (self._steps.start, len(self._steps))
+        if step == begin:
+            self._recording.enter_context(self._record(step))
+        self._last = step
+        try:
+            yield
+        except BaseException:
+            self._recording.close()
+            raise
+        if step == begin + length - 1:
+            self._recording.close()
+
+    @contextmanager
+    def _record(self, step: int) -> Iterator[None]:
         """Record what runs within this; an exception ends the recording, which is written all the same."""
-        name = self._folder / f"rank{self.rank}"
+        folder = self._folder / f"step{step}" if self._separate else self._folder
+        _make(folder)
+        name = folder / f"rank{self.rank}"
         host, device, notes = (name.with_suffix(f".{part}.json") for part in ("host", "device", "notes"))
         first_comm = _next_record()
         observer = ExecutionTraceObserver()
@@ -71,7 +98,12 @@ class Recorder:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        profiler = profile(activities=activities, record_shapes=True, execution_trace_observer=observer)
+        profiler = profile(
+            activities=activities,
+            record_shapes=True,
+            execution_trace_observer=observer,
+            experimental_config=_config(),
+        )
         start_ns = time.time_ns()
         try:
             with profiler, _module_scopes(self._paths):
@@ -86,67 +118,98 @@ class Recorder:
             told = Notes(
                 rank=self.rank,
                 world_size=self.world_size,
-                step=self._step,
+                step=step,
                 step_duration_ns=duration_ns,
                 groups=_groups(self.world_size),
                 collectives=_collectives(first_comm),
                 axes={",".join(map(str, ranks)): axis for ranks, axis in self._axes.items()},
                 composite_ops=_composite_ops(host),
-                facts=self._facts,
+                facts={**self._facts, "num_steps": self._last - step + 1},
             )
             with whole_file(notes) as file:
                 file.write(msgspec.json.format(msgspec.json.encode(told), indent=1))
-            convert_rank(host, device, name.with_suffix(".et"), notes=notes)
+            trace, _ = convert_rank(host, device, name.with_suffix(".et"), notes=notes)
+            if self._stacks:
+                with whole_file(name.with_suffix(".stacks.txt")) as file:
+                    file.write(stacks_of(trace).encode())
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{folder}: expected to make a folder here, got '{error.strerror}'") from error
+
+
+def _config() -> Any:
+    """Ask the device's driver which stream waits for which, where this torch can; None where it cannot."""
+    try:
+        return torch._C._profiler._ExperimentalConfig(enable_cuda_sync_events=True)
+    except (TypeError, AttributeError):
+        return None
 
 
 class record:  # noqa: N801 - used as `with meshloom.record(...)`
     """Record steps of any torch script on this rank: `with record("trace", wait=2) as rec: ...; rec.step()` each step.
 
     After `wait` and `warmup` steps the next `active` ones are recorded into one trace, `rank<r>.et` in `folder`, beside
-    PyTorch's own files. Call it on every rank, after torch.distributed is initialised if it is. An exception or SIGTERM
-    ends the recording, which is written all the same. Raises FolderError, UsageError.
+    PyTorch's own files; or each into `folder/step<n>` if `separate`. `stacks` adds `rank<r>.stacks.txt`, a table of
+    times. In the last warmup step the profiler is on and its data thrown away, because its first start is slow. Call it
+    on every rank, after torch.distributed is initialised if it is. An exception or SIGTERM ends the recording, which is
+    written all the same. Raises FolderError, UsageError.
     """
 
     def __init__(
-        self, folder: str | Path, *, wait: int = 2, warmup: int = 2, active: int = 1, model: nn.Module | None = None
+        self,
+        folder: str | Path,
+        *,
+        wait: int = 2,
+        warmup: int = 2,
+        active: int = 1,
+        separate: bool = False,
+        stacks: bool = False,
+        model: nn.Module | None = None,
     ) -> None:
         if wait < 0 or warmup < 0 or active < 1:
             raise UsageError(
                 f"record: expected wait and warmup of at least 0 and active of at least 1, got wait={wait}, "
                 f"warmup={warmup}, active={active}"
             )
-        self._first, self._active = wait + warmup, active
-        self._folder, self._model = folder, model
+        first = wait + warmup
+        self._warm = first - 1 if warmup else -1
+        self._recorder = Recorder(folder, step=first, active=active, separate=separate, stacks=stacks, model=model)
         self._count = 0
-        self._recording = ExitStack()
+        self._step = ExitStack()
         self._old_handler: Any = None
 
     def __enter__(self) -> record:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             # By default SIGTERM ends Python without a word; as an exception it ends the recording first.
             self._old_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
-        self._open_if_due()
+        self._open()
         return self
 
     def step(self) -> None:
         """Tell that a step has ended."""
+        self._step.close()
         self._count += 1
-        if self._count == self._first + self._active:
-            self._recording.close()
-        self._open_if_due()
+        self._open()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._recording.__exit__(kind, error, trace)
-        if self._old_handler is not None:
-            signal.signal(signal.SIGTERM, self._old_handler)
+        try:
+            self._step.__exit__(kind, error, trace)
+            self._recorder.finish()
+        finally:
+            if self._old_handler is not None:
+                signal.signal(signal.SIGTERM, self._old_handler)
 
-    def _open_if_due(self) -> None:
-        if self._count == self._first:
-            facts = {"num_steps": self._active}
-            recorder = Recorder(self._folder, step=self._first, model=self._model, facts=facts)
-            self._recording.enter_context(recorder(self._first))
+    def _open(self) -> None:
+        """Open what stands around the step that begins now."""
+        if self._count == self._warm:
+            self._step.enter_context(profile(activities=[ProfilerActivity.CPU], record_shapes=True))
+        self._step.enter_context(self._recorder(self._count))
 
 
 def _exit_on_signal(number: int, frame: object) -> None:

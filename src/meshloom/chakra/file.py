@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder, varint
+from meshloom.chakra.old import is_old, read_old
 from meshloom.chakra.trace import Trace
 from meshloom.chakra.wire import StoredNodes, decode_node, frames, whole_frames
 from meshloom.errors import FolderError, TraceError
@@ -92,6 +93,8 @@ def read(path: str | Path) -> Trace:
         raise _empty(path)
     places = frames(data, str(path))
     begin, end = next(places)
+    if is_old(data[begin:end]):
+        return read_old((data[begin:end] for begin, end in frames(data, str(path))), str(path))
     meta = _decode_meta(data[begin:end], path)
     return Trace(nodes=StoredNodes(data, places, str(path)), attrs=meta.attrs, version=meta.version)
 
@@ -107,6 +110,10 @@ def stream(path: str | Path, *, chunk_bytes: int = 16 << 20) -> Iterator[Trace]:
             zipped = plain.read(2) == _GZIP
             plain.seek(0)
             file: IO[bytes] = gzip.GzipFile(fileobj=plain) if zipped else plain  # type: ignore[assignment]
+            if is_old(_first(file)):  # they were small
+                yield read(path)
+                return
+            file.seek(0)
             meta, data, passed = None, b"", 0
             while more := file.read(chunk_bytes):
                 data += more
@@ -128,6 +135,12 @@ def stream(path: str | Path, *, chunk_bytes: int = 16 << 20) -> Iterator[Trace]:
                 yield Trace(nodes=[], attrs=meta.attrs, version=meta.version)
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
+
+
+def _first(file: IO[bytes]) -> bytes:
+    """The first message of the file, or as much of it as there is."""
+    data = file.read(1 << 16)
+    return next((data[begin:end] for begin, end in whole_frames(data)), b"")
 
 
 def _unreadable(path: Path, error: Exception) -> TraceError:

@@ -20,6 +20,7 @@ from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra import file
 from meshloom.chakra.attribute import kind_of
 from meshloom.chakra.trace import Node, NodeType, Trace, Typed
+from meshloom.chakra.wire import StoredNodes
 from meshloom.errors import TraceError, UsageError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
@@ -71,6 +72,8 @@ def _dumps(table: Any) -> bytes:
 def _read_json(path: Path) -> Trace:
     documents = _documents(path)
     first = documents[0] if documents else None
+    if isinstance(first, dict) and isinstance(first.get("workload_graph"), list):
+        return _from_workload_graph(first, path)
     if isinstance(first, dict) and "globalMetadata" in first:
         documents = [first["globalMetadata"], *first.get("nodes", [])]
     try:
@@ -79,6 +82,28 @@ def _read_json(path: Path) -> Trace:
     except (json_format.ParseError, IndexError, TypeError, AttributeError) as error:
         raise TraceError(f"{path}: expected Chakra JSON, got '{str(error).splitlines()[0]}'") from error
     return file.decode([meta.SerializeToString(), *(node.SerializeToString() for node in nodes)])
+
+
+def _from_workload_graph(table: dict[str, Any], path: Path) -> Trace:
+    """The JSON that Chakra's feeder reads: ids, types, dependencies, run times in microseconds, plain attributes."""
+    known = {"Id", "Name", "NodeType", "ctrlDeps", "ctrl_deps", "data_deps", "runtime"}
+    try:
+        nodes = [
+            Node(
+                id=node["Id"],
+                name=node["Name"],
+                type=NodeType(node["NodeType"]),
+                ctrl_deps=node.get("ctrlDeps", node.get("ctrl_deps", [])),
+                data_deps=node.get("data_deps", []),
+                duration_ns=1000 * node.get("runtime", 0),
+                attrs={name: value for name, value in node.items() if name not in known},
+            )
+            for node in table["workload_graph"]
+        ]
+        attrs = {name: value for name, value in table.items() if name != "workload_graph"}
+        return Trace(nodes=StoredNodes.of(nodes), attrs=attrs)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise TraceError(f"{path}: expected the JSON of Chakra's feeder, got a node without {error}") from error
 
 
 def _documents(path: Path) -> list[Any]:

@@ -53,6 +53,7 @@ def summarize(nodes: Iterable[Node]) -> Summary:
     traffic: dict[tuple[str, str, int], int] = {}
     first: tuple[int, Node] | None = None
     last: tuple[int, Node] | None = None
+    timed = False  # one node may start at 0, but not all of them
     for node in nodes:
         num_nodes += 1
         types[node.type] = types.get(node.type, 0) + 1
@@ -65,6 +66,7 @@ def summarize(nodes: Iterable[Node]) -> Summary:
             flops += int(node.get("num_ops", 0))
             num_bytes += int(node.get("tensor_size", 0))
         start, length = node.start_ns, node.duration_ns
+        timed = timed or start > 0
         if start or length:
             if first is None or start < first[0]:
                 first = start, node
@@ -76,8 +78,8 @@ def summarize(nodes: Iterable[Node]) -> Summary:
         phases=phases,
         flops=flops,
         num_bytes=num_bytes,
-        first=Place(first[0], first[1].id, first[1].name) if first else None,
-        last=Place(last[0], last[1].id, last[1].name) if last else None,
+        first=Place(first[0], first[1].id, first[1].name) if first and timed else None,
+        last=Place(last[0], last[1].id, last[1].name) if last and timed else None,
         traffic=[Traffic(*key, count) for key, count in sorted(traffic.items())],
     )
 

@@ -27,7 +27,7 @@ _DEVICE = re.compile(r"(?:rank_?(\d+)\.device|(?:device|kineto)[._-]?(\d+))\.jso
 class _Job(NamedTuple):
     rank: int | None
     host: Path
-    device: Path
+    device: Path | None
     notes: Path | None
     out: Path
 
@@ -40,12 +40,13 @@ class _Done(NamedTuple):
 
 
 @click.command()
-@click.argument("where", metavar="DIR | link HOST DEVICE", nargs=-1, required=True)
-@click.option("--out", help="For DIR a folder, for link a file.  [default: beside the files]")
-@click.option("--rank", type=click.IntRange(0), help="With link: whose trace it is.  [default: what the file says]")
+@click.argument("where", metavar="DIR | link HOST DEVICE | convert FILE", nargs=-1, required=True)
+@click.option("--out", help="For DIR a folder, else a file.  [default: beside the files]")
+@click.option("--rank", type=click.IntRange(0), help="For files: whose trace it is.  [default: what the file says]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(where: tuple[str, ...], out: str | None, rank: int | None, as_json: bool) -> int:
-    """Make Chakra traces from PyTorch's host and device traces: of all ranks of a folder, or of one pair of files.
+    """Make Chakra traces from PyTorch's host and device traces: of all ranks of a folder, of one pair of files, or of
+    one file alone (which has less to tell: no storages without the host's, no times without the device's).
 
     Reads host traces of schemas 1.0.1 to 1.1.1 and Kineto JSON, plain or gzip; what a file lacks is told. A folder
     holds rank<r>.host.json and rank<r>.device.json, as a recorded step leaves them, or host_<r> and device_<r>.
@@ -54,26 +55,28 @@ def command(where: tuple[str, ...], out: str | None, rank: int | None, as_json: 
     Examples:
       meshloom capture runs/gpt2-tiny.dp2.20261121-120000/trace
       meshloom capture link host.json device.json --out rank0.et
+      meshloom capture convert kineto.json.gz --out rank0.et
     """
-    if where[0] == "link":
-        if len(where) != 3:
-            raise UsageError("capture link: expected a HOST and a DEVICE file, such as host.json device.json")
-        host, device = Path(where[1]), Path(where[2])
+    if where[0] in ("link", "convert"):
+        expected = {"link": "a HOST and a DEVICE file, such as host.json device.json", "convert": "one file"}
+        if len(where) != (3 if where[0] == "link" else 2):
+            raise UsageError(f"capture {where[0]}: expected {expected[where[0]]}")
+        host, device = Path(where[1]), Path(where[2]) if where[0] == "link" else None
         target = Path(out) if out else host.with_name(f"rank{rank or 0}.et")
         jobs = [_Job(rank, host, device, None, target)]
     elif len(where) == 1:
         jobs = _jobs(Path(where[0]), Path(out) if out else None)
         if rank is not None:
-            raise UsageError("--rank goes with `capture link` only: a folder's files tell their ranks")
+            raise UsageError("--rank goes with `capture link` and `capture convert`: a folder's files tell their ranks")
     else:
-        raise UsageError(f"capture: expected one folder, or link HOST DEVICE, got {' '.join(where)}")
+        raise UsageError(f"capture: expected one folder, link HOST DEVICE, or convert FILE, got {' '.join(where)}")
     done = _run(jobs)
     if as_json:
         click.echo(json.dumps([item._asdict() for item in done]))
     else:
         _tell(done)
     failed = any(item.error for item in done)
-    if failed or where[0] == "link":
+    if failed or where[0] in ("link", "convert"):
         return 1 if failed else 0
     findings = check(read_all(jobs[0].out.parent))
     for finding in findings if not as_json else []:

@@ -80,8 +80,12 @@ def _tell(name: str, file: dict[str, Any], summary: Summary) -> None:
     if summary.phases:
         click.echo("  ops by phase: " + ", ".join(f"{phase} {count:,}" for phase, count in summary.phases.items()))
     if summary.first and summary.last:
-        click.echo(f"  {summary.duration_ns / 1e6:,.3f} ms from the start of node {summary.first.node}, "
-                   f"{summary.first.name}, to the end of node {summary.last.node}, {summary.last.name}")  # fmt: skip
+        first, last = (f"node {place.node}, {_short(place.name)}" for place in (summary.first, summary.last))
+        click.echo(f"  {summary.duration_ns / 1e6:,.3f} ms from the start of {first}, to the end of {last}")
     for item in summary.traffic:
         axis = f" ({item.axis})" if item.axis else ""
         click.echo(f"  {item.kind}{axis}: {item.count:,} × {item.num_bytes:,} bytes")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else name[:59] + "…"

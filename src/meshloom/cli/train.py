@@ -38,6 +38,9 @@ from meshloom.plan import Plan
 @click.option("--out", help="The run folder, new or empty.  [default: runs/<model>.<plan>.<time>]")
 @click.option("--trace", is_flag=True, help="Record one step on each rank as a Chakra trace.")
 @click.option("--trace-step", type=click.IntRange(1), help="Which step to record.  [default: the third, or the last]")
+@click.option("--trace-active", type=click.IntRange(1), default=1, show_default=True, help="How many steps to record.")
+@click.option("--trace-separate", is_flag=True, help="Write each recorded step into a folder of its own.")
+@click.option("--trace-stacks", is_flag=True, help="Add a table of times as text beside each trace.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(**options: Any) -> None:
     """Train a model on a plan of ranks, and record a step if asked.
@@ -65,6 +68,9 @@ def train(
     device: str = "auto",
     trace: bool = False,
     trace_step: int | None = None,
+    trace_active: int = 1,
+    trace_separate: bool = False,
+    trace_stacks: bool = False,
     as_json: bool = False,
     **options: Any,
 ) -> Path | None:
@@ -73,6 +79,12 @@ def train(
     max_steps = options["max_steps"]
     if trace_step is not None and trace_step > max_steps:
         raise UsageError(f"--trace-step {trace_step}: expected at most --max-steps, which is {max_steps}")
+    first_traced = trace_step or max(1, min(3, max_steps - trace_active + 1))
+    if first_traced + trace_active - 1 > max_steps:
+        raise UsageError(
+            f"--trace-active {trace_active}: expected at most {max_steps - first_traced + 1} steps from step "
+            f"{first_traced} to --max-steps, which is {max_steps}"
+        )
 
     from meshloom.parallel.launch import run_ranks, world_from_environment
     from meshloom.train.loop import check_job, train_rank
@@ -87,8 +99,14 @@ def train(
     num_parameters = check_job(job, _free_memory() if world is None and device != "cuda" else None)
     is_first = world is None or world[0] == 0
     folder = new_run(out, model=model, plan=cut) if is_first else Path(str(out))
-    recorded = (trace_step or min(3, max_steps)) - 1 if trace else None
-    around = _recorder(folder, recorded, model, cut) if recorded is not None else None
+    recording = {
+        "step": first_traced - 1,
+        "active": trace_active,
+        "separate": trace_separate,
+        "stacks": trace_stacks,
+        "facts": {"plan": str(cut), "model": model},
+    }
+    around = _recorder(folder, cut, recording) if trace else None
     if is_first:
         command = {"model": model, "data": data, "plan": plan, "trace": trace, **options}
         write_facts(folder, config=job.config, plan=job.plan, command=command)
@@ -143,20 +161,14 @@ def _job(
     return job
 
 
-def _recorder(folder: Path, step: int, model_name: str, plan: Plan) -> Any:
+def _recorder(folder: Path, plan: Plan, recording: dict[str, Any]) -> Any:
     """What stands around each step: the recorder of the capture room, made on each rank."""
 
     def make(mesh: Any, model: Any) -> Any:
         from meshloom.capture.record import Recorder
         from meshloom.parallel.mesh import axis_groups
 
-        return Recorder(
-            folder / "trace",
-            step=step,
-            model=model,
-            axes=axis_groups(plan, mesh.rank),
-            facts={"plan": str(plan), "model": model_name},
-        )
+        return Recorder(folder / "trace", model=model, axes=axis_groups(plan, mesh.rank), **recording)
 
     return make
 
@@ -183,7 +195,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "median_tokens_per_second": plain[len(plain) // 2] if plain else None,
-        "traces": [str(file) for file in sorted((folder / "trace").glob("*.et"))],
+        "traces": [str(file) for file in sorted((folder / "trace").rglob("*.et"))],
     }
 
 
