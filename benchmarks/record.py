@@ -75,11 +75,14 @@ def main() -> None:
         print(json.dumps({"machine": machine(), "milliseconds": told}))
         return
     rows = ["| step of GPT-2 (12 layers of 256, 4 × 128 tokens) | median ms | to a plain step |", "|---|---|---|"]
+    rows += [f"| {kind} | {told[kind]:.1f} | {told[kind] / told['plain']:.3f} |" for kind in ("plain", "recorded")]
+    idle = 1000 * told["idle"]
     rows += [
-        f"| {kind} | {told[kind]:.1f} | {told[kind] / told['plain']:.3f} |" for kind in ("plain", "idle", "recorded")
+        "",
+        f"A recorder that is not due costs {idle:.2f} µs a step, {100 * told['idle'] / told['plain']:.5f} % of a plain "
+        f"one. Starting the recorder takes {told['start']:.1f} ms before the step; writing, linking and converting the "
+        f"files takes {told['writing']:.0f} ms after it.",
     ]
-    rows += ["", f"Starting the recorder takes {told['start']:.1f} ms before the step, writing, linking and converting "
-             f"the files {told['writing']:.0f} ms after it."]  # fmt: skip
     text = section("What recording costs", "python benchmarks/record.py", "\n".join(rows))
     print(text)
     if options.write:

@@ -10,9 +10,12 @@ import pytest
 
 import meshloom
 from meshloom.chakra.check import check
+from meshloom.chakra.file import read_all
+from meshloom.chakra.trace import CommType
 from meshloom.errors import UsageError
 
 SCRIPT = Path(__file__).with_name("loop.py")
+RANKS = Path(__file__).with_name("ranks.py")
 
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1), ("sigterm", 128 + 15)])
@@ -46,6 +49,38 @@ def test_each_step_in_a_folder_of_its_own(tmp_path: Path) -> None:
         assert check(trace) == []
         assert sum(node.name == "aten::addmm" for node in trace.nodes if node.get("op_class") == "gemm") == 2
     assert not (tmp_path / "rank0.et").exists()
+
+
+def _two_ranks(folder: Path, what: str) -> dict[int, meshloom.Trace]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, str(RANKS), str(folder), what], capture_output=True, timeout=180, check=True)
+    traces = read_all(folder)
+    assert check(traces) == []
+    return traces
+
+
+def test_fsdp(tmp_path: Path) -> None:
+    """Fully sharded: each of two layers is gathered twice, and its gradient scattered."""
+    for trace in _two_ranks(tmp_path, "fsdp").values():
+        comm = [node for node in trace.nodes if node.is_comm]
+        kinds = [CommType(node.get("comm_type")).name.lower() for node in comm]
+        assert kinds == ["all_gather"] * 4 + ["reduce_scatter"] * 2
+        weights = [(8 * 16 + 16) * 4, (16 * 4 + 4) * 4]  # bytes
+        assert [node.get("comm_output_size") for node in comm[:4]] == [*weights, *reversed(weights)]
+        assert [node.get("comm_size") for node in comm[4:]] == list(reversed(weights))
+        assert all(node.get("comm_ranks") == [0, 1] for node in comm)
+
+
+def test_messages_and_collectives(tmp_path: Path) -> None:
+    for rank, trace in _two_ranks(tmp_path, "comm").items():
+        comm = [node for node in trace.nodes if node.is_comm]
+        told = [(node.type.name, node.get("comm_src"), node.get("comm_dst"), node.get("comm_tag")) for node in comm[:4]]
+        send, receive = ("COMM_SEND", rank, 1 - rank), ("COMM_RECV", 1 - rank, rank)
+        first = [(*send, 5), (*receive, 6)] if rank == 0 else [(*receive, 5), (*send, 6)]
+        assert told == [*first, (*send, 7), (*receive, 7)]
+        kinds = [CommType(node.get("comm_type")).name.lower() for node in comm[4:]]
+        assert kinds == ["all_to_all", "broadcast", "all_gather", "barrier"]
+        assert {node.get("comm_size") for node in comm[:7]} == {4 * 3 * 4}
 
 
 def test_numbers_that_cannot_be(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,16 @@ def test_varint_is_protobufs_own(value: int) -> None:
     from google.protobuf.internal.encoder import _VarintBytes  # type: ignore[attr-defined]
 
     assert varint(value) == _VarintBytes(value)
+
+
+def test_a_full_disk_says_how_much_was_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Trace(nodes=[Node(id=1, name="a", type=NodeType.COMP)])
+    size = write(trace, tmp_path / "a.et").stat().st_size
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FolderError, match=rf"write here a file of {size} bytes, got 'No space left on device'"):
+        write(trace, tmp_path / "b.et")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.et"]

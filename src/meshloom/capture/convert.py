@@ -15,11 +15,12 @@ from zlib import crc32
 from meshloom.capture.alone import link_alone
 from meshloom.capture.collectives import C10D, collective_named, is_communication, reduction_named
 from meshloom.capture.device import Args, Kernel, Launch
-from meshloom.capture.host import UNKNOWN, TensorRef, written
+from meshloom.capture.host import TensorRef, written
 from meshloom.capture.link import Launched, Linked, Op, backend_events, in_order, link, longest_kernels, own_times
 from meshloom.capture.notes import Notes, notes_of, read_notes
-from meshloom.chakra.build import Region, TraceBuilder
-from meshloom.chakra.cost import Cost, Tensor, cost
+from meshloom.capture.tensors import ITEMSIZES, num_bytes, numbers, regions, tensor
+from meshloom.chakra.build import TraceBuilder
+from meshloom.chakra.cost import Cost, cost
 from meshloom.chakra.file import paused_collection, write
 from meshloom.chakra.trace import CommType, Trace
 from meshloom.errors import TraceError
@@ -111,12 +112,24 @@ class _Converter:
     def trace(self) -> Trace:
         """The trace of all ops and kernels."""
         for item in in_order(self.linked):
-            if isinstance(item, int):
-                self._host(item, self.ops[item])
-            elif isinstance(item, Launched):
-                self._kernel(item)
-            else:
-                self._order(item)
+            try:
+                if isinstance(item, int):
+                    self._host(item, self.ops[item])
+                elif isinstance(item, Launched):
+                    self._kernel(item)
+                else:
+                    self._order(item)
+            except (TypeError, ValueError, IndexError, OverflowError) as error:
+                name = (
+                    self.ops[item].name
+                    if isinstance(item, int)
+                    else item.kernel.name
+                    if isinstance(item, Launched)
+                    else item.name
+                )
+                raise TraceError(
+                    f"rank {self.notes.rank}: {name}: expected arguments as PyTorch writes them, got others ({error})"
+                ) from error
         return self.builder.finish()
 
     # -- the host
@@ -173,9 +186,10 @@ class _Converter:
         return before if parent is None else [*before, parent]
 
     def _parent_node(self, op: Op) -> int | None:
+        """The node of the innermost op around it; not a collective's, whose backend may run after what lies inside."""
         while op.parent >= 0:
             node = self.nodes[op.parent]
-            if node is not None:
+            if node is not None and not self.ops[op.parent].name.startswith("c10d::"):
                 return node
             op = self.ops[op.parent]
         return None
@@ -188,8 +202,8 @@ class _Converter:
             scope=True,
             lane=("thread", op.thread),
             after=self._before(op),
-            reads=_regions([ref for refs in op.inputs for ref in refs]) if moves else (),
-            writes=_regions(op.outputs) if moves else (),
+            reads=regions([ref for refs in op.inputs for ref in refs]) if moves else (),
+            writes=regions(op.outputs) if moves else (),
             duration_ns=self.own_ns[index],
             **self._attrs(index, op),
         )
@@ -197,8 +211,8 @@ class _Converter:
     def _work(self, op: Op) -> Cost:
         return cost(
             op.name,
-            [_tensor(ref) for ref in self._inputs(op)],
-            [_tensor(ref) for ref in written(op.inputs, op.outputs, op.schema)],
+            [tensor(ref) for ref in self._inputs(op)],
+            [tensor(ref) for ref in written(op.inputs, op.outputs, op.schema)],
         )
 
     def _inputs(self, op: Op) -> list[TensorRef]:
@@ -214,10 +228,10 @@ class _Converter:
         """What the node of an op's work tells of its tensors."""
         inputs, changed = self._inputs(op), written(op.inputs, op.outputs, op.schema)
         return {
-            "inputs": [_tensor(ref) for ref in inputs],
-            "outputs": [_tensor(ref) for ref in changed],
-            "reads": _regions(inputs),
-            "writes": _regions(changed),
+            "inputs": [tensor(ref) for ref in inputs],
+            "outputs": [tensor(ref) for ref in changed],
+            "reads": regions(inputs),
+            "writes": regions(changed),
             "dtype": (changed or inputs)[0].dtype if changed or inputs else "",
         }
 
@@ -335,7 +349,7 @@ class _Converter:
             source=args.source,
             destination=args.destination,
             tag=0,
-            num_bytes=max(args.num_sent, args.num_received) * _ITEMSIZES.get(args.dtype, 1),
+            num_bytes=max(args.num_sent, args.num_received) * ITEMSIZES.get(args.dtype, 1),
             after=after,
             **attrs,
         )
@@ -351,7 +365,7 @@ class _Converter:
         return index
 
     def _group_of_kernel(self, args: Args, params: Op | None) -> _Group:
-        ranks = _numbers(args.group_ranks)
+        ranks = numbers(args.group_ranks)
         if ranks:
             return _Group(ranks, None)
         name = args.group_name
@@ -420,10 +434,10 @@ class _Converter:
         reduction: str = "",
         args: Args | None = None,
     ) -> int:
-        size, output = _num_bytes(sent), _num_bytes(received)
+        size, output = num_bytes(sent), num_bytes(received)
         dtype = sent[0].dtype if sent else ""
         if not size and args:  # newer device files tell what the host trace may lack
-            itemsize = _ITEMSIZES.get(args.dtype, 1)
+            itemsize = ITEMSIZES.get(args.dtype, 1)
             size = args.num_sent * itemsize
             output = args.num_received * itemsize
         if group.name is not None:
@@ -437,8 +451,8 @@ class _Converter:
             dtype=dtype,
             reduction=reduction,
             axis=self.notes.axes.get(",".join(map(str, group.ranks)), ""),
-            reads=_regions(sent),
-            writes=_regions(received),
+            reads=regions(sent),
+            writes=regions(received),
             after=after,
             **attrs,
         )
@@ -447,15 +461,15 @@ class _Converter:
         refs = op.inputs[0]
         peer, tag = int(op.scalars[2]), int(op.scalars[3])
         source, destination = (self.notes.rank, peer) if name == "send" else (peer, self.notes.rank)
-        regions = _regions(refs)
+        places = regions(refs)
         return self.builder.message(
             op.name,
             source=source,
             destination=destination,
             tag=tag,
-            num_bytes=_num_bytes(refs),
-            reads=regions if name == "send" else (),
-            writes=() if name == "send" else regions,
+            num_bytes=num_bytes(refs),
+            reads=places if name == "send" else (),
+            writes=() if name == "send" else places,
             after=after,
             **attrs,
         )
@@ -465,34 +479,8 @@ class _Converter:
             self.warnings.append(text)
 
 
-_ITEMSIZES = {
-    "Byte": 1,
-    "Char": 1,
-    "Bool": 1,
-    "Half": 2,
-    "BFloat16": 2,
-    "Short": 2,
-    "Int": 4,
-    "Float": 4,
-    "Long": 8,
-    "Double": 8,
-}
-
-
-def _numbers(value: Any) -> list[int]:
-    """The ranks in a text such as "[0, 1]", or a list of them."""
-    if isinstance(value, list):
-        return [int(item) for item in value if isinstance(item, int)]
-    return [int(item) for item in str(value or "").strip("[]").split(",") if item.strip().isdecimal()]
-
-
-def _tensor(ref: TensorRef) -> Tensor:
-    return Tensor(ref.shape, ref.itemsize)
-
-
-def _regions(refs: Sequence[TensorRef]) -> list[Region]:
-    return [Region(ref.storage, ref.begin, ref.end) for ref in refs if ref.storage != UNKNOWN]
-
-
-def _num_bytes(refs: Sequence[TensorRef]) -> int:
-    return sum(_tensor(ref).num_bytes for ref in refs)
+def _name(item: int | Launched | Launch, ops: Sequence[Op]) -> str:
+    """What the op, kernel or call is called."""
+    if isinstance(item, int):
+        return ops[item].name
+    return item.kernel.name if isinstance(item, Launched) else item.name

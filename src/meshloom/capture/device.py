@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -117,9 +117,23 @@ class _Event(msgspec.Struct, gc=False):
     args: Args = msgspec.field(default_factory=Args)
 
 
+_Count = Annotated[int, msgspec.Meta(ge=-1, le=(1 << 31) - 1)]
+
+
+class _Group(msgspec.Struct):
+    pg_name: str | int = ""
+    ranks: list[_Count] | None = None
+
+
+class _World(msgspec.Struct):
+    rank: _Count = -1
+    world_size: _Count = 0
+    pg_config: list[_Group] | None = None
+
+
 class _Trace(msgspec.Struct, gc=False):
     traceEvents: list[msgspec.Raw]  # noqa: N815 - Kineto's own name
-    distributedInfo: dict[str, Any] = {}  # noqa: N815
+    distributedInfo: _World = msgspec.field(default_factory=_World)  # noqa: N815
 
 
 def read_device(path: Path, warnings: list[str], *, keep_args: bool = False) -> DeviceTrace:
@@ -133,46 +147,16 @@ def read_device(path: Path, warnings: list[str], *, keep_args: bool = False) -> 
     for event in each(trace.traceEvents, _Event, path, what, warnings):
         if event.ph != "X" or event.cat is None:
             continue
-        args = event.args
         # the file counts microseconds; everything inside is nanoseconds
         start_ns, duration_ns = round(event.ts * 1000), round(event.dur * 1000)
         if event.cat in _HOST:
-            host.append(
-                HostEvent(
-                    name=event.name,
-                    thread=_number(event.tid),
-                    start_ns=start_ns,
-                    duration_ns=duration_ns,
-                    rf_id=args.rf_id,
-                    sequence=args.sequence,
-                    args=args if keep_args else None,
-                )
-            )
+            host.append(_host_event(event, start_ns, duration_ns, keep_args))
         elif event.cat in _DEVICE:
-            kernels.append(
-                Kernel(
-                    name=event.name,
-                    kind=event.cat,
-                    stream=_number(event.tid if args.stream is None else args.stream),
-                    start_ns=start_ns,
-                    duration_ns=duration_ns,
-                    correlation=args.correlation,
-                    args=args,
-                )
-            )
+            kernels.append(_kernel(event, start_ns, duration_ns))
         elif event.cat in _LAUNCH:
-            launches.append(
-                Launch(
-                    name=event.name,
-                    thread=_number(event.tid),
-                    start_ns=start_ns,
-                    duration_ns=duration_ns,
-                    correlation=args.correlation,
-                    stream=_number(-1 if args.stream is None else args.stream),
-                )
-            )
+            launches.append(_launch(event, start_ns, duration_ns))
         elif event.cat == _SYNC:
-            syncs[args.correlation] = args
+            syncs[event.args.correlation] = event.args
     for launch in launches:  # what the driver says of a wait stands in an event of its own
         sync = syncs.get(launch.correlation)
         if sync is not None:
@@ -186,21 +170,46 @@ def read_device(path: Path, warnings: list[str], *, keep_args: bool = False) -> 
         host=host,
         launches=launches,
         kernels=kernels,
-        rank=int(told.get("rank", -1)),
-        world_size=int(told.get("world_size", 0)),
-        groups=_groups(told.get("pg_config")),
+        rank=told.rank,
+        world_size=told.world_size,
+        groups={str(group.pg_name): group.ranks for group in told.pg_config or [] if group.ranks is not None},
+    )
+
+
+def _host_event(event: _Event, start_ns: int, duration_ns: int, keep_args: bool) -> HostEvent:
+    return HostEvent(
+        name=event.name,
+        thread=_number(event.tid),
+        start_ns=start_ns,
+        duration_ns=duration_ns,
+        rf_id=event.args.rf_id,
+        sequence=event.args.sequence,
+        args=event.args if keep_args else None,
+    )
+
+
+def _kernel(event: _Event, start_ns: int, duration_ns: int) -> Kernel:
+    return Kernel(
+        name=event.name,
+        kind=str(event.cat),
+        stream=_number(event.tid if event.args.stream is None else event.args.stream),
+        start_ns=start_ns,
+        duration_ns=duration_ns,
+        correlation=event.args.correlation,
+        args=event.args,
+    )
+
+
+def _launch(event: _Event, start_ns: int, duration_ns: int) -> Launch:
+    return Launch(
+        name=event.name,
+        thread=_number(event.tid),
+        start_ns=start_ns,
+        duration_ns=duration_ns,
+        correlation=event.args.correlation,
+        stream=_number(-1 if event.args.stream is None else event.args.stream),
     )
 
 
 def _number(value: Any) -> int:
     return value if isinstance(value, int) else int(value) if str(value).lstrip("-").isdecimal() else -1
-
-
-def _groups(told: Any) -> dict[str, list[int]]:
-    """Process group name -> ranks, where the file lists them."""
-    entries = told if isinstance(told, list) else []
-    return {
-        str(entry["pg_name"]): list(entry["ranks"])
-        for entry in entries
-        if isinstance(entry, dict) and isinstance(entry.get("ranks"), list) and "pg_name" in entry
-    }

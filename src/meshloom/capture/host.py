@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,17 @@ def read_host(path: Path, warnings: list[str]) -> list[HostOp]:
     version = trace.schema.partition("-")[0]
     if version not in ("1.0.1", "1.0.2", "1.0.3", "1.1.0", "1.1.1"):
         raise TraceError(f"{path}: expected schema 1.0.1 to 1.1.1 of PyTorch's execution trace, got {trace.schema!r}")
-    ops = [_op(node) for node in each(trace.nodes, _Node, path, what, warnings) if not node.name.startswith(_ROOTS)]
+    ops = []
+    for node in each(trace.nodes, _Node, path, what, warnings):
+        if node.name.startswith(_ROOTS):
+            continue
+        try:
+            ops.append(_op(node))
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise TraceError(
+                f"{path}: node {node.id}, {node.name!r}: expected values, shapes, types and attributes as PyTorch "
+                f"writes them, got '{error}'"
+            ) from error
     ops.sort(key=lambda op: op.rf_id)
     return ops
 
@@ -178,7 +189,7 @@ def _ref(value: list[Any], shape: Any, strides: Any, dtype: str) -> TensorRef:
         for dim, stride in zip(dims, strides):
             extent += (dim - 1) * stride
     begin = offset * itemsize
-    return TensorRef(storage, begin, begin + extent * itemsize, dims, itemsize, dtype_named(dtype))
+    return TensorRef(operator.index(storage), begin, begin + extent * itemsize, dims, itemsize, dtype_named(dtype))
 
 
 def dtype_named(name: str) -> str:

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,8 +32,11 @@ _META_ATTR_FIELD = 2  # the number of GlobalMetadata.attr
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that gets its name only once it is whole and on disk; raises FolderError if that cannot be."""
+def whole_file(path: Path, *, num_bytes: int | None = None) -> Iterator[IO[bytes]]:
+    """A binary file that gets its name only once it is whole and on disk; raises FolderError if that cannot be.
+
+    `num_bytes`, where it is known, is what the disk must have room for: a full disk is told with it.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -43,7 +47,14 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise FolderError(f"{path}: expected to write here, got '{error.strerror}'; choose another folder") from error
+        size = (
+            f" a file of {num_bytes:,} bytes"
+            if num_bytes is not None and error.errno in (ENOSPC, EDQUOT, EFBIG)
+            else ""
+        )
+        raise FolderError(
+            f"{path}: expected to write here{size}, got '{error.strerror}'; choose another folder"
+        ) from error
     finally:
         with suppress(OSError):  # what went wrong is told already
             part.unlink(missing_ok=True)
@@ -65,13 +76,13 @@ def paused_collection() -> Iterator[None]:
 def write(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path` (gzip if it ends in .gz) and return the path; raises FolderError."""
     path = Path(path)
-    meta, nodes = _encode_meta(trace), StoredNodes.of(trace.nodes)
-    with whole_file(path) as file:
+    body, nodes = _encode_meta(trace), StoredNodes.of(trace.nodes).framed()
+    meta = varint(len(body)) + body
+    with whole_file(path, num_bytes=len(meta) + nodes.nbytes) as file:
         # mtime=0: the same trace gives the same bytes
         stream: Any = gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") if path.suffix == ".gz" else file
-        stream.write(varint(len(meta)))
         stream.write(meta)
-        stream.write(nodes.framed())
+        stream.write(nodes)
         if stream is not file:
             stream.close()
     return path

@@ -77,14 +77,7 @@ def train(
     """Train as the command does and return the run folder; None on ranks of a torchrun other than 0."""
     cut = Plan.parse(plan)
     max_steps = options["max_steps"]
-    if trace_step is not None and trace_step > max_steps:
-        raise UsageError(f"--trace-step {trace_step}: expected at most --max-steps, which is {max_steps}")
-    first_traced = trace_step or max(1, min(3, max_steps - trace_active + 1))
-    if first_traced + trace_active - 1 > max_steps:
-        raise UsageError(
-            f"--trace-active {trace_active}: expected at most {max_steps - first_traced + 1} steps from step "
-            f"{first_traced} to --max-steps, which is {max_steps}"
-        )
+    first_traced = _first_traced(trace_step, trace_active, max_steps)
 
     from meshloom.parallel.launch import run_ranks, world_from_environment
     from meshloom.train.loop import check_job, train_rank
@@ -111,11 +104,7 @@ def train(
         command = {"model": model, "data": data, "plan": plan, "trace": trace, **options}
         write_facts(folder, config=job.config, plan=job.plan, command=command)
         if not as_json:
-            click.echo(
-                f"{model}: {num_parameters:,} parameters, random weights, {job.objective} language model; plan {cut} "
-                f"on {cut.world_size} rank{'s' * (cut.world_size > 1)}; {data}: {len(job.documents):,} documents\n"
-                f"run folder: {folder}"
-            )
+            _announce(job, model, data, num_parameters, folder)
     arguments = (job, str(folder), device, around, not as_json)
     try:
         if world is None:
@@ -131,6 +120,27 @@ def train(
         return None
     set_state(folder, "finished")
     return folder
+
+
+def _announce(job: Any, model: str, data: str, num_parameters: int, folder: Path) -> None:
+    world_size = job.plan.world_size
+    click.echo(
+        f"{model}: {num_parameters:,} parameters, random weights, {job.objective} language model; plan {job.plan} "
+        f"on {world_size} rank{'s' * (world_size > 1)}; {data}: {len(job.documents):,} documents\nrun folder: {folder}"
+    )
+
+
+def _first_traced(step: int | None, active: int, max_steps: int) -> int:
+    """The first of the steps to record, counted from 1; raises UsageError if they go beyond the last step."""
+    if step is not None and step > max_steps:
+        raise UsageError(f"--trace-step {step}: expected at most --max-steps, which is {max_steps}")
+    first = step or max(1, min(3, max_steps - active + 1))
+    if first + active - 1 > max_steps:
+        raise UsageError(
+            f"--trace-active {active}: expected at most {max_steps - first + 1} steps from step {first} to "
+            f"--max-steps, which is {max_steps}"
+        )
+    return first
 
 
 def _job(
