@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from meshloom import check, read
+from meshloom import Node, Trace, check, read, write
 from meshloom.chakra.attribute import varint
 from meshloom.chakra.file import stream
 from meshloom.chakra.formats import convert
@@ -177,3 +177,11 @@ def test_what_is_no_workload(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(TraceError, match=told):
         read_workload(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("version", ["0.0.4", "1.0.0", "1.1.1-chakra.0.0.4"])
+def test_todays_versions_are_not_old(tmp_path: Path, version: str) -> None:
+    trace = Trace(nodes=[Node(id=1, name="a", type=NodeType.COMP)], version=version)
+    assert read(write(trace, tmp_path / "a.et")) == trace
+    assert convert(tmp_path / "a.et", tmp_path / "b.et", version="1.0.0").version == "1.0.0"
+    assert read(tmp_path / "b.et").version == "1.0.0"

@@ -25,7 +25,7 @@ OPTIONS = {
     "synth": ["--gradient-accumulation", "--json", "--micro-batch", "--model", "--objective", "--out", "--plan",
               "--seq-length"],
     "check": ["--json", "--strict"],
-    "convert": ["--passes", "--plan"],
+    "convert": ["--passes", "--plan", "--schema"],
     "info": ["--json"],
     "simulate": ["--cluster", "--json"],
     "graph": ["--depth", "--out", "--rank"],

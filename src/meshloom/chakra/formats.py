@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import ParseError
@@ -41,10 +42,15 @@ def form_of(path: Path) -> Form:
     raise UsageError(f"{path}: expected a name that ends in {', '.join(FORMS)}")
 
 
-def convert(source: Path, target: Path) -> Trace:
-    """Read `source`, write `target`, each in the form that its name means, and return the trace; raises TraceError."""
+def convert(source: Path, target: Path, *, version: str | None = None) -> Trace:
+    """Read `source`, write `target`, each in the form that its name means, and return the trace; raises TraceError.
+
+    `version` is the version of Chakra that the target names, by default that of the source.
+    """
     reader, writer = form_of(source), form_of(target)
     trace = reader.read(source)
+    if version is not None:
+        trace = Trace(nodes=trace.nodes, attrs=trace.attrs, version=version)
     writer.write(trace, target)
     return trace
 
@@ -137,20 +143,32 @@ def to_graph(trace: Trace) -> nx.MultiDiGraph:
     """
     graph = nx.MultiDiGraph(version=trace.version, attrs=_pack(trace.attrs))
     for node in trace.nodes:
-        graph.add_node(
-            node.id,
-            name=node.name,
-            type=node.type.name,
-            start_ns=node.start_ns,
-            duration_ns=node.duration_ns,
-            attrs=_pack(node.attrs),
-            io=json.dumps([node.inputs, node.outputs]),
-        )
+        graph.add_node(node.id, **_node_facts(node))
+    for source, target, kind, place, key in _edges(trace):
+        graph.add_edge(source, target, key=key, kind=kind, place=place)
+    return graph
+
+
+def _node_facts(node: Node) -> dict[str, Any]:
+    return {
+        "name": node.name,
+        "type": node.type.name,
+        "start_ns": node.start_ns,
+        "duration_ns": node.duration_ns,
+        "attrs": _pack(node.attrs),
+        "io": json.dumps([node.inputs, node.outputs]),
+    }
+
+
+def _edges(trace: Trace) -> Iterator[tuple[int, int, str, int, int]]:
+    """(what is needed, what needs it, kind, place in its list, number among the edges of the two)."""
     for node in trace.nodes:
+        keys: dict[int, int] = {}
         for kind, dependencies in (("data", node.data_deps), ("control", node.ctrl_deps)):
             for place, dependency in enumerate(dependencies):
-                graph.add_edge(dependency, node.id, kind=kind, place=place)
-    return graph
+                key = keys.get(dependency, 0)
+                keys[dependency] = key + 1
+                yield dependency, node.id, kind, place, key
 
 
 def from_graph(graph: Any, where: str) -> Trace:
@@ -202,8 +220,16 @@ def _unpack(text: str) -> dict[str, Any]:
 
 
 def _write_node_link(trace: Trace, path: Path) -> Path:
-    with file.whole_file(path) as out:
-        out.write(_dumps(nx.node_link_data(to_graph(trace), edges="edges")))
+    facts = {"version": trace.version, "attrs": _pack(trace.attrs)}
+    with file.whole_file(path) as out:  # node by node, as everywhere here: the graph never stands in memory
+        out.write(b'{"directed": true, "multigraph": true, "graph": ' + _dumps(facts) + b', "nodes": [')
+        for index, node in enumerate(trace.nodes):
+            out.write((b",\n" if index else b"\n") + _dumps({**_node_facts(node), "id": node.id}))
+        out.write(b'\n], "edges": [')
+        for index, (source, target, kind, place, key) in enumerate(_edges(trace)):
+            edge = {"kind": kind, "place": place, "source": source, "target": target, "key": key}
+            out.write((b",\n" if index else b"\n") + _dumps(edge))
+        out.write(b"\n]}\n")
     return path
 
 
@@ -215,10 +241,38 @@ def _read_node_link(path: Path) -> Trace:
     return from_graph(graph, str(path))
 
 
+_GRAPHML = {  # what stands at nodes, edges and the graph: name -> type in XML
+    "node": {"name": "string", "type": "string", "start_ns": "long", "duration_ns": "long", "attrs": "string",
+             "io": "string"},
+    "edge": {"kind": "string", "place": "long"},
+    "graph": {"version": "string", "attrs": "string"},
+}  # fmt: skip
+
+
 def _write_graphml(trace: Trace, path: Path) -> Path:
+    def data(where: str, facts: dict[str, Any]) -> str:
+        return "".join(f'<data key="{where}.{name}">{_xml(str(facts[name]))}</data>' for name in _GRAPHML[where])
+
     with file.whole_file(path) as out:
-        nx.write_graphml_xml(to_graph(trace), out)
+        out.write(b'<?xml version="1.0" encoding="utf-8"?>\n<graphml xmlns="http://graphml.graphdrawing.org/xmlns">\n')
+        for where, names in _GRAPHML.items():
+            for name, xml_type in names.items():
+                key = f'<key id="{where}.{name}" for="{where}" attr.name="{name}" attr.type="{xml_type}"/>\n'
+                out.write(key.encode())
+        facts = {"version": trace.version, "attrs": _pack(trace.attrs)}
+        out.write(f'<graph edgedefault="directed">{data("graph", facts)}\n'.encode())
+        for node in trace.nodes:
+            out.write(f'<node id="{node.id}">{data("node", _node_facts(node))}</node>\n'.encode())
+        for source, target, kind, place, number in _edges(trace):
+            inside = data("edge", {"kind": kind, "place": place})
+            out.write(f'<edge source="{source}" target="{target}" id="{number}">{inside}</edge>\n'.encode())
+        out.write(b"</graph>\n</graphml>\n")
     return path
+
+
+def _xml(text: str) -> str:
+    """The text as XML has it; it has no control characters."""
+    return "".join(sign if sign >= " " or sign in "\t\n" else "\ufffd" for sign in escape(text))
 
 
 def _read_graphml(path: Path) -> Trace:

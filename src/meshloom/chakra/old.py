@@ -61,7 +61,7 @@ def is_old(first: bytes) -> bool:
     try:
         inside = next(_fields(first)).value
         return [field.number for field in _fields(inside)][:2] == [1, 2]  # name and type of an attribute
-    except (IndexError, ValueError, TypeError, StopIteration):
+    except (IndexError, ValueError, TypeError, StopIteration, struct.error):
         return False
 
 

@@ -18,10 +18,12 @@ from meshloom.plan import Plan
 @click.argument("target", metavar="B")
 @click.option("--plan", help="For a text workload: the ranks along tp and dp, such as tp2.dp4.")
 @click.option("--passes", type=click.IntRange(1), default=1, show_default=True, help="For a text workload: steps.")
-def command(source: str, target: str, plan: str | None, passes: int) -> None:
+@click.option("--schema", type=click.Choice(["0.0.4", "1.0.0"]), help="The version of Chakra to name.  [default: A's]")
+def command(source: str, target: str, plan: str | None, passes: int, schema: str | None) -> None:
     """Convert the trace A into B; each file's form follows from its name, and nothing is lost on the way.
 
     Names end in .et, .et.gz, .json (Chakra JSON), .node-link.json (NetworkX) or .graphml (Gephi, yEd, NetworkX).
+    --schema changes the version that the file names: 1.0.0 differs from 0.0.4 in nothing else.
     Files of Chakra 0.0.1 to 0.0.3 and the JSON of Chakra's feeder are read too. A text workload of ASTRA-sim 1 (.txt)
     becomes a folder with the trace of each rank of --plan.
 
@@ -37,7 +39,7 @@ def command(source: str, target: str, plan: str | None, passes: int) -> None:
         return
     if plan is not None or passes != 1:
         raise UsageError(f"convert: --plan and --passes go with a text workload (.txt), got {source}")
-    trace = convert(Path(source), Path(target))
+    trace = convert(Path(source), Path(target), version=schema)
     click.echo(f"{target}: {len(trace.nodes):,} nodes")
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from meshloom.chakra.check import check
+from meshloom.chakra.file import read_all
 from meshloom.errors import FolderError, MeshloomError, UsageError
 from meshloom.plan import Plan
 
@@ -192,12 +194,14 @@ def _free_memory() -> int | None:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What the run in `folder` came to: its losses, speed and traces."""
+    """What the run in `folder` came to: its losses, speed and traces, with what is wrong in them."""
     path = folder / "metrics.jsonl"
     try:
         steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise FolderError(f"{path}: expected one line a step, got '{error.strerror}'") from error
+    files = sorted((folder / "trace").rglob("*.et"))
+    faults = [str(fault) for where in sorted({file.parent for file in files}) for fault in check(read_all(where))]
     plain = sorted(step["tokens_per_second"] for step in steps if not step["recorded"])
     return {
         "folder": str(folder),
@@ -205,7 +209,8 @@ def outcome(folder: Path) -> dict[str, Any]:
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "median_tokens_per_second": plain[len(plain) // 2] if plain else None,
-        "traces": [str(file) for file in sorted((folder / "trace").rglob("*.et"))],
+        "traces": [str(file) for file in files],
+        "faults": faults,
     }
 
 
@@ -214,4 +219,8 @@ def _sentence(result: dict[str, Any]) -> str:
     text = f"{result['num_steps']} steps, loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
     text += f", {speed:,.0f} tokens/s (median)" if speed else ""
     traces = result["traces"]
-    return text + (f"\ntraces: {traces[0]}" + (f" … {Path(traces[-1]).name}" if traces[1:] else "") if traces else "")
+    if not traces:
+        return text
+    faults = result["faults"]
+    text += f"\ntraces: {traces[0]}" + (f" … {Path(traces[-1]).name}" if traces[1:] else "")
+    return text + "\n".join([f", {len(faults) or 'no'} fault{'s' * (len(faults) != 1)}", *faults[:20]])

@@ -144,7 +144,11 @@ def _end_on_signal(note: Path) -> None:
 
 
 def _note_end(note: Path, how: str, message: str, trace: str) -> None:
-    note.write_text(json.dumps({"time_ns": time.time_ns(), "how": how, "message": message, "traceback": trace}))
+    part = note.with_suffix(
+        f".{threading.get_ident()}.part"
+    )  # whole or not at all: a rank may be killed while it writes
+    part.write_text(json.dumps({"time_ns": time.time_ns(), "how": how, "message": message, "traceback": trace}))
+    part.replace(note)
 
 
 def _explain(log_dir: Path, num_ranks: int) -> MeshloomError:
