@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from meshloom.errors import PlanError
 
 Axis = Literal["tp", "cp", "dp", "pp"]
-Schedule = Literal["gpipe", "1f1b"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 Recompute = Literal["none", "selective", "full"]
 
 AXES: tuple[Axis, ...] = get_args(Axis)  # fastest-varying first
@@ -36,10 +36,11 @@ class Plan:
     sequence_parallel: bool = False
     schedule: Schedule = "1f1b"
     num_micro_batches: int = 1
+    virtual_stages: int = 1  # pipeline stages a rank holds
     recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
-        for name in (*AXES, "num_micro_batches"):
+        for name in (*AXES, "num_micro_batches", "virtual_stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"plan: expected {name} to be a whole number of at least 1, got {value!r}")

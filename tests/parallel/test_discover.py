@@ -100,7 +100,7 @@ def _discover_meta(model: nn.Module) -> Discovery:
     ("plan", "named"),
     [
         ("tp5", "c_attn has 12 heads, which tp5 does not divide"),
-        ("pp2", "pipeline parallel"),
+        ("pp13", "expected at least 13 layers"),
         ("cp2", "context parallel"),
         ("tp2.sp", "sequence parallel"),
     ],

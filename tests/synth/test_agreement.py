@@ -26,12 +26,26 @@ def _work(trace: Trace) -> Counter[tuple[str, str, str, str]]:
 
 def _sent(trace: Trace) -> list[tuple[object, ...]]:
     def facts(node: Node) -> tuple[object, ...]:
-        return tuple(node.get(name) for name in ("comm_type", "comm_size", "dtype", "pg_name", "comm_ranks", "phase"))
+        return tuple(
+            node.get(name)
+            for name in (
+                "comm_type",
+                "comm_size",
+                "dtype",
+                "pg_name",
+                "comm_ranks",
+                "phase",
+                "comm_src",
+                "comm_dst",
+                "comm_tag",
+                "comm_axis",
+            )
+        )
 
     return [facts(node) for node in trace.nodes if node.is_comm]
 
 
-@pytest.mark.parametrize("plan", ["dp2", "tp2", "tp2.dp2"])
+@pytest.mark.parametrize("plan", ["dp2", "tp2", "tp2.dp2", "pp2", "tp2.pp2"])
 def test_capture_and_synth_agree(plan: str, tmp_path: Path, meshloom: Meshloom) -> None:
     run = ["--tokenizer", "bytes", "--data", "sample", "--max-steps", "3", "--trace", "--out", str(tmp_path / "run")]
     size = ["--model", "gpt2-tiny", "--plan", plan, "--seq-length", "32"]

@@ -27,6 +27,7 @@ from meshloom.errors import TraceError
 
 MODULE = "module:"  # prefixes of scopes that name what the ops inside belong to
 PHASE = "phase:"
+MESSAGE = "message:"  # names the ranks of a message, as in message:0>2
 
 _HOST = Cost(0, 0, "host")
 _PART = Cost(0, 0, "memory")  # a further kernel of an op whose cost another one carries
@@ -137,7 +138,11 @@ class _Converter:
     def _host(self, index: int, op: Op) -> None:
         self._label(index, op)
         # What a backend's own thread does is part of the collective it serves.
-        if op.name.startswith((PHASE, MODULE)) or op.thread in self.backend_threads or op.name.startswith("gloo:"):
+        if (
+            op.name.startswith((PHASE, MODULE, MESSAGE))
+            or op.thread in self.backend_threads
+            or op.name.startswith("gloo:")
+        ):
             return
         if op.name.startswith("c10d::") and self._communicates(index, op):
             self._communicate(index, op)
@@ -450,7 +455,7 @@ class _Converter:
             output_bytes=output,
             dtype=dtype,
             reduction=reduction,
-            axis=self.notes.axes.get(",".join(map(str, group.ranks)), ""),
+            axis=self.notes.axis_of(group.ranks),
             reads=regions(sent),
             writes=regions(received),
             after=after,
@@ -461,6 +466,13 @@ class _Converter:
         refs = op.inputs[0]
         peer, tag = int(op.scalars[2]), int(op.scalars[3])
         source, destination = (self.notes.rank, peer) if name == "send" else (peer, self.notes.rank)
+        scope = next((outer.name for outer in self._chain(op.parent) if outer.name.startswith(MESSAGE)), None)
+        if scope is not None:
+            source, destination = (int(end) for end in scope.removeprefix(MESSAGE).split(">"))
+        elif any(len(ranks) < self.notes.world_size for ranks in self.notes.groups.values()):
+            self._warn_once(
+                "messages: their peers are counted in their groups, which the files do not name; taken as ranks"
+            )
         places = regions(refs)
         return self.builder.message(
             op.name,
@@ -468,6 +480,8 @@ class _Converter:
             destination=destination,
             tag=tag,
             num_bytes=num_bytes(refs),
+            dtype=refs[0].dtype if refs else "",
+            comm_axis=self.notes.axis_of([source, destination]),
             reads=places if name == "send" else (),
             writes=() if name == "send" else places,
             after=after,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ class Notes(msgspec.Struct, frozen=True, kw_only=True):
     axes: dict[str, str] = {}  # ranks joined by commas -> axis of the plan
     composite_ops: list[str] | None = None
     facts: dict[str, Any] = {}
+
+    def axis_of(self, ranks: Sequence[int]) -> str:
+        """The axis of the plan along which the ranks lie; empty if none is known."""
+        exact = self.axes.get(",".join(map(str, ranks)))
+        if exact is not None:
+            return exact
+        holding = [axis for told, axis in self.axes.items() if set(ranks) <= set(map(int, told.split(",")))]
+        return holding[0] if len(holding) == 1 else ""
 
 
 def read_notes(path: Path) -> Notes:

@@ -236,7 +236,11 @@ def _module_scopes(paths: Mapping[int, str]) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         scopes.pop().__exit__(None, None, None)
 
-    handles = [module_hooks.register_module_forward_pre_hook(enter), module_hooks.register_module_forward_hook(leave)]
+    handles = [
+        module_hooks.register_module_forward_pre_hook(enter),
+        # a stage of a pipeline ends its forward with an exception
+        module_hooks.register_module_forward_hook(leave, always_call=True),
+    ]
     try:
         yield
     finally:

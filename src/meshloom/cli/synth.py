@@ -25,6 +25,14 @@ from meshloom.plan import Plan
 @click.option(
     "--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1), help="Micro-batches a step."
 )
+@click.option(
+    "--schedule",
+    type=click.Choice(["gpipe", "1f1b", "interleaved", "zero-bubble"]),
+    default="1f1b",
+    show_default=True,
+    help="With pp: the order of a rank's passes.",
+)
+@click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
 @click.option("--out", required=True, help="The folder for rank<r>.et, new or empty.")
@@ -54,9 +62,13 @@ def synth(
     seq_length: int,
     objective: str | None,
     out: str | Path,
+    schedule: Any = "1f1b",
+    virtual_stages: int = 1,
 ) -> tuple[list[Path], int]:
     """Write the traces as the command does; returns the files and the number of nodes of each."""
-    cut = replace(Plan.parse(plan), num_micro_batches=gradient_accumulation)
+    cut = replace(
+        Plan.parse(plan), num_micro_batches=gradient_accumulation, schedule=schedule, virtual_stages=virtual_stages
+    )
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FolderError(f"{folder}: expected a new or empty folder; choose another --out")

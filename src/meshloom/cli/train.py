@@ -38,6 +38,14 @@ from meshloom.plan import Plan
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--out", help="The run folder, new or empty.  [default: runs/<model>.<plan>.<time>]")
+@click.option(
+    "--schedule",
+    type=click.Choice(["gpipe", "1f1b", "interleaved", "zero-bubble"]),
+    default="1f1b",
+    show_default=True,
+    help="With pp: the order of a rank's passes.",
+)
+@click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
 @click.option("--trace", is_flag=True, help="Record one step on each rank as a Chakra trace.")
 @click.option("--trace-step", type=click.IntRange(1), help="Which step to record.  [default: the third, or the last]")
 @click.option("--trace-active", type=click.IntRange(1), default=1, show_default=True, help="How many steps to record.")
@@ -153,6 +161,8 @@ def _job(
     tokenizer: str | None,
     objective: Any,
     gradient_accumulation: int,
+    schedule: Any = "1f1b",
+    virtual_stages: int = 1,
     **numbers: Any,
 ) -> Any:
     """What is trained, found and checked before any process is started."""
@@ -166,7 +176,7 @@ def _job(
         objective=objective or objective_of(config),
         tokenizer=load_tokenizer(tokenizer or model),
         documents=load_squad(data),
-        plan=replace(plan, num_micro_batches=gradient_accumulation),
+        plan=replace(plan, num_micro_batches=gradient_accumulation, schedule=schedule, virtual_stages=virtual_stages),
         **numbers,
     )
     check_tokenizer(job.tokenizer, config, job.objective)

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from meshloom.parallel.apply import clip_gradients
 from meshloom.parallel.data import synced_gradients
 from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.pipeline import Pipeline
 
 Batch = Mapping[str, Tensor]
 
@@ -51,8 +52,8 @@ def train_step(
     Each micro-batch maps the model's argument names to tensors, (B, S) int64. Gradients add up over micro-batches and
     are averaged over the data-parallel group in the last one only.
     """
-    losses = []
-    for index, batch in enumerate(micro_batches):
+    losses = [model.run(micro_batches, phase=phase)] if isinstance(model, Pipeline) else []
+    for index, batch in enumerate(micro_batches if not losses else ()):
         with synced_gradients(model, sync=index == len(micro_batches) - 1):
             with phase("forward"):
                 loss: Tensor = model(**batch).loss / len(micro_batches)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
-from meshloom.parallel.discover import Discovery, Pair, discover, trouble_of_part
+from meshloom.parallel.discover import Discovery, Pair, discover
+from meshloom.parallel.fake import trouble_of_part
 from meshloom.parallel.linear import shard_of
 from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.pipeline import Pipeline, check_stages
 from meshloom.parallel.styles import cut_linear
 from meshloom.plan import Plan
 
@@ -29,14 +33,21 @@ class Decision:
 
 def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> Discovery:
     """How the model is cut by `plan`; raises PlanError naming the module and number that the plan cannot take."""
-    for axis, issue in (("pp", "pipeline"), ("cp", "context")):
-        if plan.degrees[axis] > 1:  # type: ignore[index]
-            raise PlanError(f"plan {plan}: {issue} parallel is not built yet; use {axis}1 and more dp or tp")
+    if plan.cp > 1:
+        raise PlanError(f"plan {plan}: context parallel is not built yet; use cp1 and more dp or tp")
     if plan.sequence_parallel:
         raise PlanError(f"plan {plan}: sequence parallel is not built yet; leave out sp")
-    if plan.tp == 1:
+    if plan.tp == plan.pp == 1:
         return Discovery(pairs=(), kept={})
-    found = discover(model, example)
+    try:
+        if plan.pp > 1:
+            check_stages(model, plan, example)
+        if plan.tp == 1:
+            return Discovery(pairs=(), kept={})
+        found = discover(model, example)
+    except RuntimeError as error:  # of CannotFollow, or of a forward that fails on fake tensors
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {why}") from error
     if not found.pairs:
         why = next(iter(found.kept.items()), ("the model", "it has no linear layer"))
         raise PlanError(f"plan {plan}: expected layers that can be cut, found none ({why[0]}: {why[1]}); use tp1")
@@ -60,13 +71,15 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     found = check_plan(model, plan, example)
     for pair in found.pairs:
         _cut(model, pair, mesh)
+    for name in found.partial:  # such as the norm of each head
+        model.get_parameter(name).register_hook(partial(sum_over, group=mesh.groups["tp"]))
     if found.pairs and trouble_of_part(model, example, found.shapes(plan.tp)):
         # The forward reshapes or splits by numbers of its own, which must now count this rank's part.
         for pair in found.pairs:
             _divide_counts(model, pair, plan.tp)
         if trouble := trouble_of_part(model, example, found.shapes(plan.tp)):
             raise PlanError(f"plan {plan}: the model's forward does not run on a rank's part: {trouble}; use tp1")
-    return model
+    return Pipeline(model, mesh=mesh, example=example) if plan.pp > 1 else model
 
 
 def explain(found: Discovery) -> list[Decision]:
@@ -81,19 +94,36 @@ def explain(found: Discovery) -> list[Decision]:
 def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     """Scale all gradients so that their norm over the whole model is at most `max_norm`; return the norm before.
 
-    Cut parameters are summed over the tensor-parallel group, whole ones counted once.
+    Cut parameters are summed over the tensor-parallel group, whole ones counted once; then all over the pipeline, where
+    a parameter that several stages hold counts on the first.
     """
-    gradients = [(parameter.grad, shard_of(parameter)) for parameter in model.parameters()]
-    cut = [grad for grad, shard in gradients if grad is not None and shard is not None]
-    whole = [grad for grad, shard in gradients if grad is not None and shard is None]
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    counted = [parameter for parameter in parameters if not getattr(parameter, "counted_elsewhere", False)]
+    cut = [gradient(parameter) for parameter in counted if shard_of(parameter) is not None]
+    whole = [gradient(parameter) for parameter in counted if shard_of(parameter) is None]
     # torch.nn.utils.get_total_norm takes another road for fake tensors than for real ones; these ops do not.
     squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (whole, cut) if grads]
     if cut:
-        functional = torch.ops._c10d_functional
-        squares[-1] = functional.wait_tensor(functional.all_reduce(squares[-1], "sum", mesh.groups["tp"].group_name))
-    norm = sum(squares[1:], squares[0]).sqrt()
-    torch._foreach_mul_([*whole, *cut], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        squares[-1] = sum_over(squares[-1], mesh.groups["tp"])
+    total = sum(squares[1:], squares[0]) if squares else torch.zeros((), device=mesh.device)
+    if "pp" in mesh.groups:
+        total = sum_over(total, mesh.groups["pp"])
+    norm = total.sqrt()
+    torch._foreach_mul_([gradient(parameter) for parameter in parameters], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient, which is there."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of x over the group."""
+    functional = torch.ops._c10d_functional
+    result: Tensor = functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group.group_name))
+    return result
 
 
 def _cut(model: nn.Module, pair: Pair, mesh: Mesh) -> None:

@@ -20,6 +20,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.pipeline import Pipeline
 
 # What DistributedDataParallel uses when it is not told otherwise: a small first bucket, so that the first
 # all-reduce starts early, then 25 MiB.
@@ -27,9 +28,10 @@ _BUCKET_BYTES = (int(_DEFAULT_FIRST_BUCKET_BYTES), 25 * 1024 * 1024)
 
 
 def data_parallel(model: nn.Module, mesh: Mesh) -> nn.Module:
-    """`model` with its gradients averaged over the data-parallel group; the model itself where that has one rank."""
+    """`model` with its gradients averaged over the data-parallel group; itself where that has one rank, or it does so
+    itself."""
     group = mesh.groups.get("dp")
-    if group is None:
+    if group is None or isinstance(model, Pipeline):  # which reduces after its last backward pass
         return model
     if isinstance(next(model.parameters()), FakeTensor):
         return ReducerTwin(model, group)

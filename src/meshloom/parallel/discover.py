@@ -9,19 +9,17 @@ cut dim, an op without a rule) the layers stay whole on each rank, and `Discover
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from meshloom.parallel.linear import CutLinear
+from meshloom.parallel.fake import Shapes, run_fake
 from meshloom.parallel.styles import linear_shape
 
 
@@ -49,7 +47,11 @@ class _Cut:
     num_units: int
 
 
-Shapes = list[tuple[str, tuple[int, ...]]]  # what the forward did outside its linear layers: op, shape of a result
+class _Whole(NamedTuple):
+    """A tensor that is whole on every rank: of which parameters alone it was made, or that it is an activation."""
+
+    parameters: frozenset[str]
+    is_activation: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,7 @@ class Discovery:
 
     pairs: tuple[Pair, ...]
     kept: Mapping[str, str]
+    partial: tuple[str, ...] = ()  # whole parameters that meet a rank's part only: their gradients must be summed
     seen: tuple[tuple[str, tuple[int, ...], _Cut | None], ...] = ()
 
     def shapes(self, degree: int) -> Shapes:
@@ -87,6 +90,33 @@ class _Trail:
     feeds: dict[str, set[str]] = field(default_factory=dict)  # consumer -> sources, in order of execution
     inside: int = 0  # how many linear layers are running: their own ops are theirs
     seen: list[tuple[str, tuple[int, ...], _Cut | None]] = field(default_factory=list)
+    made_of: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> _Whole
+    partial: dict[str, set[str]] = field(default_factory=dict)  # parameter -> sources whose cut it meets
+
+    def told(self, name: str, fake: Tensor) -> None:
+        """Note the fake tensor that stands for a parameter."""
+        self.made_of[fake] = _Whole(frozenset((name,)), False)
+
+    def meet(self, op: str, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Note what an op makes of parameters, and what whole tensors it brings together with a cut one.
+
+        Each rank sees a part of what such a tensor meets, so its gradient there is a part too. Those of a parameter can
+        be summed; those of an activation would go on into the rest of the model.
+        """
+        known = [(tensor, self.made_of[tensor]) for tensor in tensors if tensor in self.made_of]
+        sources = {source for tensor in tensors if tensor in self.cuts for source in self.cuts[tensor].sources}
+        for tensor, made in known if sources else []:
+            if tensor in self.cuts:
+                continue
+            if made.is_activation:
+                self.lose(sources, f"{op} brings it together with an activation that is whole on every rank")
+            for name in made.parameters:
+                self.partial.setdefault(name, set()).update(sources)
+        if known:
+            parameters = frozenset().union(*(made.parameters for _, made in known))
+            is_activation = op == "embedding" or any(made.is_activation for _, made in known)
+            for result in results:
+                self.made_of[result] = _Whole(frozenset() if is_activation else parameters, is_activation)
 
     def lose(self, sources: Iterable[str], why: str) -> None:
         """Note why the sources cannot be cut; the first reason stays."""
@@ -108,32 +138,13 @@ def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Discovery:
     was_training = model.training
     try:
         model.eval()
-        run_fake(model, example, _Follow(trail))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        run_fake(model, example, _Follow(trail), told=lambda real, fake: trail.told(names[id(real)], fake))
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
     return _pair(trail, linears)
-
-
-def run_fake(model: nn.Module, example: Mapping[str, Tensor], *modes: TorchDispatchMode) -> None:
-    """Run the forward on fake tensors, within `modes`; raises what the forward raises on wrong shapes."""
-    first = next(model.parameters())
-    is_fake = isinstance(first, FakeTensor)
-    mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(mode)
-        state: dict[str, Tensor] = {}
-        if not is_fake:
-            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            state = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-        batch = {
-            name: value if isinstance(value, FakeTensor) else mode.from_tensor(value) for name, value in example.items()
-        }
-        for other in modes:
-            stack.enter_context(other)
-        torch.func.functional_call(model, state, args=(), kwargs=batch)
 
 
 def _arrive(trail: _Trail, path: str) -> Callable[..., None]:
@@ -158,6 +169,7 @@ def _depart(trail: _Trail, path: str) -> Callable[..., None]:
         trail.num_blocks.setdefault(path, 1)
         trail.num_units[path] = min(width, trail.num_units.get(path, width))
         trail.cuts[output] = _Cut(frozenset((path,)), output.dim() - 1, width)
+        trail.made_of[output] = _Whole(frozenset(), True)
 
     return hook
 
@@ -174,6 +186,10 @@ class _Follow(TorchDispatchMode):
         cuts = self.trail.cuts
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = [cuts[tensor] for tensor in tensors if tensor in cuts]
+        if not self.trail.inside and func.namespace != "prim":
+            self.trail.meet(
+                func.overloadpacket.__name__, tensors, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            )
         if given and not self.trail.inside and func.namespace != "prim":  # prim.device only asks where a tensor lies
             rule = _RULES.get(func.overloadpacket.__name__)
             if rule is None and torch.Tag.pointwise in func.tags:
@@ -194,55 +210,6 @@ class _Follow(TorchDispatchMode):
             results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
             self.trail.seen += [(name, tuple(result.shape), cuts.get(result)) for result in results]
         return out
-
-
-class _Watch(TorchDispatchMode):
-    """Notes the shapes of all results outside linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.inside = 0
-        self.shapes: Shapes = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not self.inside:
-            results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            self.shapes += [(func.overloadpacket.__name__, tuple(result.shape)) for result in results]
-        return out
-
-    def enter(self, *args: Any) -> None:
-        """A hook: a linear layer begins."""
-        self.inside += 1
-
-    def leave(self, *args: Any) -> None:
-        """A hook: it ends."""
-        self.inside -= 1
-
-
-def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: Shapes) -> str:
-    """Where the forward of a cut model does something else than `expected`, in one line; empty if it does the same.
-
-    That the forward runs is not enough: a view with -1 would make heads of another rank into tokens of this one.
-    """
-    watch = _Watch()
-    handles = []
-    for module in model.modules():
-        if linear_shape(module) is not None or isinstance(module, CutLinear):
-            handles += [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
-    was_training = model.training
-    try:
-        run_fake(model.eval(), example, watch)
-    except (RuntimeError, ValueError, IndexError) as error:
-        return str(error).splitlines()[0] or type(error).__name__
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    for got, want in zip(watch.shapes, expected):
-        if got != want:
-            return f"{got[0]} gives {got[1]}, expected {want[0]} to give {want[1]}"
-    return "" if len(watch.shapes) == len(expected) else f"{len(watch.shapes)} results, expected {len(expected)}"
 
 
 Rule = Callable[[_Trail, tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]], "list[_Cut | None] | None"]
@@ -444,7 +411,9 @@ def _pair(trail: _Trail, linears: Mapping[str, nn.Module]) -> Discovery:
         for path in linears
         if path not in cut
     }
-    return Discovery(pairs=tuple(pairs), kept=kept, seen=tuple(trail.seen))
+    sources = {path for pair in pairs for path in pair.columns}
+    partial = tuple(name for name, met in trail.partial.items() if met & sources)
+    return Discovery(pairs=tuple(pairs), kept=kept, partial=partial, seen=tuple(trail.seen))
 
 
 def _joined(rows: Mapping[str, set[str]]) -> list[tuple[set[str], tuple[str, ...]]]:

@@ -6,7 +6,7 @@ Needs torch.distributed to be initialised with as many ranks as the plan has (an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,31 @@ from meshloom.plan import AXES, Axis, Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """This rank's place in the plan, the device it computes on, and its group on each axis of a degree above 1."""
+    """This rank's place in the plan, the device it computes on, and its group on each axis of a degree above 1.
+
+    `back_group` has the ranks of the pipeline's group again: gradients go back through it while activations go
+    forward, because NCCL keeps the messages of one group between two ranks in one order.
+    """
 
     plan: Plan
     rank: int
     device: torch.device
     groups: Mapping[Axis, dist.ProcessGroup]
+    back_group: dist.ProcessGroup | None = None
+    parts: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
+
+    def part_of_pipeline(self, places: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The group of the ranks at `places` of this rank's pipeline, None if it is not one of them.
+
+        Every rank of the mesh must ask for the same places at the same point: the first time, groups are made.
+        """
+        if places not in self.parts:
+            mine = None
+            for ranks in self.plan.groups("pp"):
+                group = dist.new_group([ranks[place] for place in places])
+                mine = group if self.rank in [ranks[place] for place in places] else mine
+            self.parts[places] = mine
+        return self.parts[places]
 
     def degree(self, axis: Axis) -> int:
         """How many ranks the axis has."""
@@ -47,7 +66,11 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
             device.type, tuple(plan.degrees[axis] for axis in axes), mesh_dim_names=tuple(axes)
         )
         groups = {axis: device_mesh.get_group(axis) for axis in axes}
-    return Mesh(plan=plan, rank=dist.get_rank(), device=device, groups=groups)
+    back_group = None
+    for ranks in plan.groups("pp") if plan.pp > 1 else []:
+        group = dist.new_group(list(ranks))
+        back_group = group if dist.get_rank() in ranks else back_group
+    return Mesh(plan=plan, rank=dist.get_rank(), device=device, groups=groups, back_group=back_group)
 
 
 def axis_groups(plan: Plan, rank: int) -> dict[tuple[int, ...], Axis]:

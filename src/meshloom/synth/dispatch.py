@@ -25,6 +25,7 @@ from meshloom.chakra.build import Region, TraceBuilder
 from meshloom.chakra.trace import CommType
 from meshloom.errors import PlanError
 from meshloom.model.step import PHASE
+from meshloom.parallel.pipeline import MESSAGE
 
 
 class Group(NamedTuple):
@@ -68,7 +69,8 @@ class StepWatcher(TorchDispatchMode):
         """Within this, ops and modules are seen."""
         handles = [
             module_hooks.register_module_forward_pre_hook(self._enter_module),
-            module_hooks.register_module_forward_hook(self._leave_module),
+            # a stage of a pipeline ends its forward with an exception
+            module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
         ]
         try:
             with self:
@@ -105,6 +107,8 @@ class StepWatcher(TorchDispatchMode):
             self._alias(out, args[0])
         elif name in _COLLECTIVES:
             self._communicate(name, args, kwargs, out)
+        elif name in ("c10d::send", "c10d::recv_"):
+            self._message(name, args)
         elif func.namespace in ("c10d", "_c10d_functional"):
             raise PlanError(f"{name} is a collective that synthesis does not know")
         else:
@@ -161,6 +165,25 @@ class StepWatcher(TorchDispatchMode):
             reduction=reduction or ("sum" if "reduce" in name else ""),
             reads=[self._region(tensor) for tensor in sent],
             writes=[self._region(tensor) for tensor in received],
+            **self._attrs(),
+        )
+
+    def _message(self, name: str, args: Any) -> None:
+        """A send or receive: which ranks it joins stands in the scope around it."""
+        tensors, _, _, tag = args
+        ends = next(scope.removeprefix(MESSAGE) for scope in reversed(self._scopes) if scope.startswith(MESSAGE))
+        source, _, destination = ends.partition(">")
+        regions = [self._region(tensor) for tensor in tensors]
+        self._builder.message(
+            name,
+            source=int(source),
+            destination=int(destination),
+            tag=int(tag),
+            num_bytes=sum(_shape(tensor).num_bytes for tensor in tensors),
+            reads=regions if name == "c10d::send" else (),
+            writes=regions if name == "c10d::recv_" else (),
+            dtype=_dtype(tensors),
+            comm_axis="pp",
             **self._attrs(),
         )
 

@@ -7,17 +7,21 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshloom.chakra.build import TraceBuilder, group_id
-from meshloom.chakra.trace import Node, Trace
+from meshloom.chakra.trace import Node, NodeType, Trace
+from meshloom.chakra.wire import StoredNodes
 from meshloom.model.build import build_model, example_batch
 from meshloom.model.config import Objective
 from meshloom.model.step import make_optimizer, train_step
 from meshloom.parallel.apply import check_plan, parallelize
 from meshloom.parallel.data import data_parallel
 from meshloom.parallel.mesh import Mesh, make_mesh
-from meshloom.plan import Plan
+from meshloom.parallel.pipeline import Pipeline
+from meshloom.plan import Axis, Plan
 from meshloom.synth.dispatch import Group, StepWatcher
 from meshloom.synth.world import fake_world
 
@@ -39,18 +43,21 @@ def synthesise(
     """
     model = build_model(config, objective, seed=0, device="meta")
     check_plan(model, plan, example_batch(objective, micro_batch=1, seq_length=8, device="meta"))
-    # Every rank has the same part of the work until there are pipeline stages: one role.
-    trace = _one_rank(
-        config,
-        objective,
-        plan=plan,
-        rank=0,
-        micro_batch=micro_batch,
-        seq_length=seq_length,
-        max_grad_norm=max_grad_norm,
-        model_name=model_name,
-    )
-    return {rank: stamp(trace, plan, rank) for rank in range(plan.world_size)}
+    # Ranks of the same place in the pipeline have the same part of the work: one role each.
+    roles = [
+        _one_rank(
+            config,
+            objective,
+            plan=plan,
+            rank=plan.rank(pp=place),
+            micro_batch=micro_batch,
+            seq_length=seq_length,
+            max_grad_norm=max_grad_norm,
+            model_name=model_name,
+        )
+        for place in range(plan.pp)
+    ]
+    return {rank: stamp(roles[plan.coordinate(rank)["pp"]], plan, rank) for rank in range(plan.world_size)}
 
 
 def _one_rank(
@@ -76,11 +83,12 @@ def _one_rank(
                 mesh=mesh,
                 example=example_batch(objective, micro_batch=1, seq_length=8),
             ).train()
-            paths = {id(module): path for path, module in model.named_modules()}
+            inner = model.model if isinstance(model, Pipeline) else model
+            paths = {id(module): path for path, module in inner.named_modules()}
             # The learning rate is no matter here: nothing is computed.
             optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1)
             model = data_parallel(model, mesh)
-            watcher = StepWatcher(builder, _groups(mesh), paths)
+            watcher = StepWatcher(builder, _groups(mesh, model), paths)
             # The first step makes the optimizer's states and learns the order of the gradients; all others
             # are like the second.
             for context in (nullcontext(), watcher.watching()):
@@ -93,20 +101,36 @@ def _one_rank(
     return builder.finish()
 
 
-def _groups(mesh: Mesh) -> dict[str, Group]:
-    return {group.group_name: Group(mesh.plan.group(axis, mesh.rank), axis) for axis, group in mesh.groups.items()}
+def _groups(mesh: Mesh, model: nn.Module) -> dict[str, Group]:
+    groups: dict[str, Group] = {
+        group.group_name: Group(mesh.plan.group(axis, mesh.rank), axis) for axis, group in mesh.groups.items()
+    }
+    for group in model.groups_beside_axes() if isinstance(model, Pipeline) else []:
+        groups[group.group_name] = Group(tuple(dist.get_process_group_ranks(group)), "pp")
+    return groups
 
 
 def stamp(trace: Trace, plan: Plan, rank: int) -> Trace:
-    """`trace` as `rank` would have it: the same nodes, with the groups that this rank belongs to."""
-    ids = {axis: plan.group(axis, rank) for axis in plan.degrees}  # each group once
-    names = {axis: group_id(ranks, plan.world_size) for axis, ranks in ids.items()}
+    """`trace` as `rank` would have it: the same nodes, with this rank's groups and peers in the place of the role's.
+
+    Both have the same place in the pipeline, so along each axis the ranks are the role's with this rank's other
+    coordinates.
+    """
+    where = plan.coordinate(rank)
+
+    def moved(other: int, axis: Axis) -> int:
+        return plan.rank(**{**where, axis: plan.coordinate(other)[axis]})
 
     def own(node: Node) -> Node:
         axis = node.get("comm_axis")
         if axis is None:
             return node
-        attrs = {**node.attrs, "comm_ranks": list(ids[axis]), "pg_name": names[axis]}
-        return msgspec.structs.replace(node, attrs=attrs)
+        if node.type is NodeType.COMM_COLL:
+            ranks = [moved(other, axis) for other in node.get("comm_ranks")]
+            told: dict[str, Any] = {"comm_ranks": ranks, "pg_name": group_id(ranks, plan.world_size)}
+        else:
+            told = {name: moved(node.get(name), axis) for name in ("comm_src", "comm_dst")}
+        return msgspec.structs.replace(node, attrs={**node.attrs, **told})
 
-    return Trace(nodes=[own(node) for node in trace.nodes], attrs={**trace.attrs, "rank": rank}, version=trace.version)
+    nodes = StoredNodes.of(own(node) for node in trace.nodes)
+    return Trace(nodes=nodes, attrs={**trace.attrs, "rank": rank}, version=trace.version)

@@ -22,6 +22,7 @@ from meshloom.parallel.apply import check_plan, parallelize
 from meshloom.parallel.data import data_parallel
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
+from meshloom.parallel.pipeline import Pipeline
 from meshloom.plan import Plan
 from meshloom.train.data import Document, batches
 from meshloom.train.metrics import Reporter
@@ -74,7 +75,11 @@ def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | Non
         inner = _build(job, mesh)
         optimizer = make_optimizer(inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay)
         model = data_parallel(inner, mesh)
-        around = around_step(mesh, inner) if around_step is not None else lambda step: nullcontext()
+        around = (
+            around_step(mesh, inner.model if isinstance(inner, Pipeline) else inner)
+            if around_step is not None
+            else lambda step: nullcontext()
+        )
         tokens_per_step = job.plan.dp * job.plan.num_micro_batches * job.batch_size * job.seq_length
         show = rank_zero_shows and mesh.rank == 0
         with Reporter(Path(folder), max_steps=job.max_steps, tokens_per_step=tokens_per_step, show=show) as reporter:
@@ -90,6 +95,7 @@ def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | Non
 
 def _build(job: Job, mesh: Mesh) -> nn.Module:
     model = build_model(job.config, job.objective, seed=job.seed)
+    model.to(mesh.device)
     model = parallelize(
         model, plan=job.plan, mesh=mesh, example=example_batch(job.objective, micro_batch=1, seq_length=8)
     )

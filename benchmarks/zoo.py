@@ -1,0 +1,189 @@
+"""Every architecture of transformers' causal, masked and seq2seq heads, cut by each plan and held to the single model.
+
+Tiny random models (zoo_configs.py); for each family and plan a certificate: loss and every gradient of the parallel
+model against the unsharded one, on real gloo ranks. A family is refused, with the reason, before anything runs; or it
+passes; or it is wrong, which must not be. Workers are started again where one hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from meshloom.errors import MeshloomError
+from meshloom.parallel.apply import parallelize
+from meshloom.parallel.certify import TOLERANCE, certify
+from meshloom.parallel.data import data_parallel
+from meshloom.parallel.mesh import make_mesh
+from meshloom.plan import Plan
+from results import machine, section, write_section
+from zoo_configs import Size, batch, build, families
+
+KINDS = ("causal", "masked", "seq2seq")
+PLANS = ("tp2", "tp4", "pp2", "tp2.pp2.dp2")
+PATIENCE_S = 60  # for one family on one plan
+
+
+def check_family(
+    kind: Any, family: str, plan: Plan, mesh: Any, size: Size, seed: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What became of the family under the plan."""
+    try:
+        single = build(family, kind, size, seed).to(dtype)
+        model = build(family, kind, size, seed).to(dtype)
+        config = single.config
+        one = batch(family, kind, config, seed, batch_size=1)
+    except Exception as error:
+        return {"result": "not built", "why": str(error).splitlines()[0][:200] if str(error) else repr(error)}
+    try:
+        parallel = data_parallel(parallelize(model, plan=plan, mesh=mesh, example=one), mesh)
+    except MeshloomError as error:
+        return {"result": "refused", "why": str(error)[:300]}
+    batches = [batch(family, kind, config, seed + number) for number in range(plan.dp * plan.num_micro_batches)]
+    told = certify(single, parallel, batches, mesh)
+    good = told.passes(TOLERANCE[dtype])
+    return {
+        "result": "passes" if good else "wrong",
+        "loss": told.loss,
+        "gradient": told.gradient,
+        "parameter": told.parameter,
+        "share": told.share,
+    }
+
+
+def work(rank: int, plan_text: str, tasks: list[tuple[str, str]], folder: str, options: dict[str, Any]) -> None:
+    """What each rank of a world does: family after family."""
+    torch.set_num_threads(1)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - transformers' own warnings, thousands of them
+    plan = replace(Plan.parse(plan_text), num_micro_batches=2)
+    store = dist.FileStore(f"{folder}/store", plan.world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.world_size, timeout=timedelta(seconds=30))
+    mesh = make_mesh(plan, torch.device("cpu"))
+    size = Size(**options["size"])
+    if plan.tp > 2:
+        size = replace(size, kv_heads=min(2, size.kv_heads))
+    dtype = getattr(torch, options["dtype"])
+    for kind, family in tasks:
+        if rank == 0:
+            Path(folder, "current").write_text(json.dumps([kind, family]))
+        try:
+            told = check_family(kind, family, plan, mesh, size, options["seed"], dtype)
+        except Exception as error:
+            told = {"result": "raised", "why": f"{type(error).__name__}: {error}"[:300]}
+        everyone: list[Any] = [None] * plan.world_size
+        dist.all_gather_object(everyone, told)
+        if rank == 0:
+            order = ("wrong", "raised", "refused", "not built", "passes")
+            worst = min(everyone, key=lambda item: order.index(item["result"]))
+            with Path(folder, "results.jsonl").open("a") as file:
+                file.write(json.dumps({"kind": kind, "family": family, "plan": plan_text, **worst}) + "\n")
+    os._exit(0)
+
+
+def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of all tasks on the plan; a world that hangs or dies is started again after the culprit."""
+    results: list[dict[str, Any]] = []
+    world_size = Plan.parse(plan).world_size
+    context = multiprocessing.get_context("fork")
+    while tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            processes = [
+                context.Process(target=work, args=(rank, plan, tasks, folder, options)) for rank in range(world_size)
+            ]
+            for process in processes:
+                process.start()
+            path = Path(folder, "results.jsonl")
+            seen, since = 0, time.monotonic()
+            while all(process.is_alive() for process in processes):
+                count = len(path.read_text().splitlines()) if path.exists() else 0
+                if count > seen:
+                    seen, since = count, time.monotonic()
+                if time.monotonic() - since > PATIENCE_S:
+                    break
+                time.sleep(0.2)
+            time.sleep(0.5)
+            done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            for process in processes:
+                process.kill()
+                process.join()
+        results += done
+        tasks = tasks[len(done) :]
+        if tasks:
+            kind, family = tasks.pop(0)
+            results.append({"kind": kind, "family": family, "plan": plan, "result": "raised", "why": "hung or died"})
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A line a kind and plan."""
+    rows = [
+        "| heads | plan | families | pass | refused | wrong | raised | not built |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        for plan in dict.fromkeys(item["plan"] for item in results):
+            some = [item for item in results if item["kind"] == kind and item["plan"] == plan]
+            if some:
+                counts = Counter(item["result"] for item in some)
+                numbers = [counts[name] for name in ("passes", "refused", "wrong", "raised", "not built")]
+                rows.append(f"| {kind} | {plan} | {len(some)} | " + " | ".join(map(str, numbers)) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", help="Names joined by commas.  [default: all]")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--plans", default=",".join(PLANS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    for name, default in (("hidden", 32), ("heads", 4), ("kv-heads", 4), ("vocab", 96), ("layers", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--verbose", action="store_true", help="Name every family that does not pass.")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    size = {name: getattr(options, name) for name in ("hidden", "heads", "kv_heads", "vocab", "layers")}
+    wanted = options.families.split(",") if options.families else None
+    tasks = [(kind, family) for kind in options.kinds.split(",") for family in families(kind)
+             if wanted is None or family in wanted]  # fmt: skip
+    given = {"size": size, "seed": options.seed, "dtype": options.dtype}
+    results: list[dict[str, Any]] = []
+    for plan in options.plans.split(","):
+        results += run_plan(plan, list(tasks), given)
+    if options.json:
+        print(json.dumps({"machine": machine(), "results": results}))
+        return
+    if options.verbose:
+        for item in results:
+            if item["result"] != "passes":
+                told = (
+                    item.get("why")
+                    or f"loss {item['loss']:.1e}, gradient {item['gradient']:.1e} of {item['parameter']}"
+                )
+                print(f"{item['plan']:12} {item['kind']:8} {item['family']:28} {item['result']:9} {told}")
+    text = section("The zoo", f"python benchmarks/zoo.py --plans {options.plans}", table(results))
+    print(text)
+    if options.write:
+        write_section(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The certificate: loss and every gradient of a parallel model beside those of the model it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshloom.parallel.data import synced_gradients
+from meshloom.parallel.linear import shard_of
+from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.pipeline import Pipeline
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
+_SMALL = 1e-2  # a gradient that is 0 but for rounding, as a key's bias has, is held against this share of the largest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """How far the parallel model is from the single one: the loss relative to the loss, the worst gradient relative to
+    the largest entry of its tensor (at least a hundredth of the largest of all), and whose gradient that is."""
+
+    loss: float
+    gradient: float
+    parameter: str
+    num_parameters: int  # on this rank
+    share: float  # of the single model's, that this rank holds
+
+    def passes(self, tolerance: float) -> bool:
+        """Whether both are within the tolerance."""
+        return self.loss <= tolerance and self.gradient <= tolerance
+
+
+def backward_all(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Forward and backward of all micro-batches; returns their mean loss, gradients are left on the parameters."""
+    if isinstance(model, Pipeline):
+        return model.run(batches)
+    losses = []
+    for index, batch in enumerate(batches):
+        with synced_gradients(model, sync=index == len(batches) - 1):
+            loss: Tensor = model(**batch).loss / len(batches)
+            loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def certify(single: nn.Module, parallel: nn.Module, batches: Sequence[Mapping[str, Tensor]], mesh: Mesh) -> Certificate:
+    """Compare the two on `batches`, all micro-batches of the step, of which this rank takes those of its place in dp.
+
+    Both models hold the same weights; neither may have dropout. The worst of all ranks is returned on each.
+    """
+    want = float(backward_all(single, [_copy(batch) for batch in batches]))
+    degree, index = mesh.degree("dp"), mesh.index("dp")
+    each = len(batches) // degree
+    mine = [_copy(batch) for batch in batches[index * each : (index + 1) * each]]
+    loss = backward_all(parallel, mine).detach().double()
+    if "dp" in mesh.groups:
+        dist.all_reduce(loss, group=mesh.groups["dp"])
+        loss /= degree
+    gradients = {name: parameter.grad for name, parameter in single.named_parameters()}
+    largest = max((float(g.abs().max()) for g in gradients.values() if g is not None and g.numel()), default=0.0)
+    inner = parallel.model if isinstance(parallel, Pipeline) else getattr(parallel, "module", parallel)
+    worst, where, held = 0.0, "", 0
+    for name, parameter in inner.named_parameters():
+        held += parameter.numel()
+        expected, shard = gradients[name], shard_of(parameter)
+        if expected is None:
+            expected = torch.zeros(1, dtype=parameter.dtype)
+        elif shard is not None:
+            expected = shard.take(expected, mesh.index("tp"), mesh.degree("tp"))
+        got = torch.zeros_like(expected) if parameter.grad is None else parameter.grad
+        scale = max(float(expected.abs().max()) if expected.numel() else 0.0, _SMALL * largest)
+        error = float((got - expected).abs().max()) / scale if scale and expected.numel() else 0.0
+        if error > worst or error != error:
+            worst, where = error, name
+    whole = sum(parameter.numel() for parameter in single.parameters())
+    mine_certificate = Certificate(
+        loss=abs(float(loss) - want) / max(abs(want), 1e-30),
+        gradient=worst,
+        parameter=where,
+        num_parameters=held,
+        share=held / max(1, whole),
+    )
+    everyone: list[Certificate | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine_certificate)
+    return max((item for item in everyone if item is not None), key=lambda item: (item.gradient, item.loss))
+
+
+def _copy(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Some models change their batch."""
+    return {name: value.clone() for name, value in batch.items()}

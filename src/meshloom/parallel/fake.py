@@ -1,0 +1,138 @@
+"""A model's forward on fake tensors: nothing is computed, but every op and shape is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from meshloom.parallel.linear import CutLinear
+from meshloom.parallel.styles import linear_shape
+
+_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+
+
+class CannotFollow(RuntimeError):
+    """The forward cannot be run on fake tensors, for the reason that it says."""
+
+
+Shapes = list[tuple[str, tuple[int, ...]]]  # what the forward did outside its linear layers: op, shape of a result
+
+
+def run_fake(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    *modes: TorchDispatchMode,
+    told: Callable[[Tensor, Tensor], None] | None = None,
+    result: Callable[[Any], None] | None = None,
+) -> None:
+    """Run the forward on fake tensors, within `modes`; raises what the forward raises on wrong shapes.
+
+    `told` is called with each parameter and the fake tensor that stands for it, `result` with what the forward returns.
+    """
+    first = next(model.parameters())
+    is_fake = isinstance(first, FakeTensor)
+    mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_experts_of_known_shape(model))
+        stack.enter_context(mode)
+        state: dict[str, Tensor] = {}
+        if not is_fake:
+            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            fakes = {id(tensor): mode.from_tensor(tensor) for tensor in tensors.values()}
+            state = {name: fakes[id(tensor)] for name, tensor in tensors.items()}
+        batch = {
+            name: value if isinstance(value, FakeTensor) else mode.from_tensor(value) for name, value in example.items()
+        }
+        if told is not None:
+            for name, parameter in model.named_parameters():
+                told(parameter, state.get(name, parameter))
+        for other in modes:
+            stack.enter_context(other)
+        try:
+            returned = torch.func.functional_call(model, state, args=(), kwargs=batch)
+        except _NEEDS_DATA as error:
+            raise CannotFollow(
+                f"its forward decides by the values of tensors ({str(error).splitlines()[0]})"
+            ) from error
+        if result is not None:
+            result(returned)
+
+
+@contextmanager
+def _experts_of_known_shape(model: nn.Module) -> Iterator[None]:
+    """Within this, experts run as one batched product: on fake tensors nobody knows how many tokens each would get,
+    and the grouped product takes no float32 there."""
+    name = "_experts_implementation"
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    changed = [config for config in configs.values() if getattr(config, name, None) in ("grouped_mm", "eager")]
+    before = [getattr(config, name) for config in changed]
+    for config in changed:
+        setattr(config, name, "batched_mm")
+    try:
+        yield
+    finally:
+        for config, value in zip(changed, before):
+            setattr(config, name, value)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the shapes of all results outside linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inside = 0
+        self.shapes: Shapes = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.inside:
+            results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            self.shapes += [(func.overloadpacket.__name__, tuple(result.shape)) for result in results]
+        return out
+
+    def enter(self, *args: Any) -> None:
+        """A hook: a linear layer begins."""
+        self.inside += 1
+
+    def leave(self, *args: Any) -> None:
+        """A hook: it ends."""
+        self.inside -= 1
+
+
+def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: Shapes) -> str:
+    """Where the forward of a cut model does something else than `expected`, in one line; empty if it does the same.
+
+    That the forward runs is not enough: a view with -1 would make heads of another rank into tokens of this one.
+    """
+    watch = _Watch()
+    handles = []
+    for module in model.modules():
+        if linear_shape(module) is not None or isinstance(module, CutLinear):
+            handles += [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
+    was_training = model.training
+    try:
+        run_fake(model.eval(), example, watch)
+    except (RuntimeError, ValueError, IndexError) as error:
+        return str(error).splitlines()[0] or type(error).__name__
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    for got, want in zip(watch.shapes, expected):
+        if got != want:
+            return f"{got[0]} gives {got[1]}, expected {want[0]} to give {want[1]}"
+    return "" if len(watch.shapes) == len(expected) else f"{len(watch.shapes)} results, expected {len(expected)}"

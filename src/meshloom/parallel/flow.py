@@ -1,0 +1,216 @@
+"""What flows between a model's layers: found from its own forward on fake tensors, for any boundary between stages.
+
+The layers are the entries of the outermost module lists, in the order in which the forward calls them. Every tensor
+carries what it was made of without passing through a layer: outputs of layers, and parameters that stand outside of
+layers. So it is known which outputs a later part of the model needs, and which parameters each part of it uses, be it
+the embedding that the head shares or an encoder's last norm. Tensors are told apart by their storage, so views and
+in-place writes need no special case. Knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+
+from meshloom.errors import PlanError
+from meshloom.parallel.fake import run_fake
+
+
+class Output(NamedTuple):
+    """Leaf number `leaf` of what layer number `layer` returns."""
+
+    layer: int
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """What each part of the model needs. Part i is layer i with what leads to it; the last part is what follows the
+    last layer."""
+
+    layers: tuple[str, ...]  # paths, in the order of their calls
+    needs: tuple[frozenset[Output], ...]  # part -> outputs of earlier layers
+    parameters: tuple[frozenset[str], ...]  # part -> parameters outside of layers, by their first names
+    shapes: Mapping[Output, tuple[tuple[int, ...], torch.dtype]]
+    returns: tuple[TreeSpec, ...]  # layer -> how what it returns is built from leaves
+
+    def crossing(self, boundary: int) -> list[Output]:
+        """The outputs that cross the boundary before layer `boundary`, in order."""
+        needed = frozenset().union(*self.needs[boundary:])
+        return sorted(output for output in needed if output.layer < boundary)
+
+
+def find_layers(model: nn.Module) -> list[str]:
+    """Paths of the entries of the outermost module lists that hold parameters; which are called is not known yet."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{other}.") for other in found):
+            continue
+        if len(module) > 1 and all(next(entry.parameters(), None) is not None for entry in module):
+            found += [f"{path}.{index}" for index in range(len(module))]
+    return found
+
+
+def trace_flow(model: nn.Module, example: Mapping[str, Tensor]) -> Flow:
+    """The flow of a forward of `model` on `example` (only shapes and dtypes count); raises PlanError if there is none.
+
+    A list whose entries are not called once each, one after another, is no list of layers.
+    """
+    candidates = find_layers(model)
+    calls = _calls(model, example, candidates)
+    lists: dict[str, list[str]] = {}
+    for path in candidates:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    good = [owner for owner, entries in lists.items() if [call for call in calls if call in entries] == entries]
+    layers = [call for call in calls if call.rpartition(".")[0] in good]
+    if not layers:
+        raise PlanError("pipeline parallel: expected a list of layers that run one after another, found none; use pp1")
+    return _Tracer(model, layers).run(example)
+
+
+def _calls(model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str]) -> list[str]:
+    calls: list[str] = []
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: calls.append(path))
+        for path in paths
+    ]
+    try:
+        run_fake(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@dataclass(slots=True)
+class _Made:
+    """What a tensor was made of."""
+
+    outputs: frozenset[Output] = frozenset()
+    parameters: frozenset[str] = frozenset()
+    inside: frozenset[int] = frozenset()  # layers of which it is neither output nor input, but something between
+
+    def __or__(self, other: _Made) -> _Made:
+        return _Made(self.outputs | other.outputs, self.parameters | other.parameters, self.inside | other.inside)
+
+
+@dataclass(slots=True)
+class _Part:
+    """What has been consumed by a part of the model."""
+
+    outputs: set[Output] = field(default_factory=set)
+    parameters: set[str] = field(default_factory=set)
+
+
+class _Tracer(TorchDispatchMode):
+    """Follows one forward."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.layers = model, layers
+        self.made: dict[int, _Made] = {}  # storage -> what it was made of
+        self.alive: list[Any] = []  # storages, so that none is used again for another tensor
+        self.parts = [_Part() for _ in range(len(layers) + 1)]
+        self.shapes: dict[Output, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.returns: dict[int, TreeSpec] = {}
+        self.current: int | None = None
+
+    def run(self, example: Mapping[str, Tensor]) -> Flow:
+        """The flow of a forward on `example`."""
+        within = {id(p) for path in self.layers for p in self.model.get_submodule(path).parameters()}
+        names = {id(p): name for name, p in self.model.named_parameters() if id(p) not in within}
+        handles = []
+        for index, path in enumerate(self.layers):
+            layer = self.model.get_submodule(path)
+            handles.append(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._leave(index)))
+        try:
+            run_fake(self.model, example, self, told=self._told(names), result=self._end)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Flow(
+            layers=tuple(self.layers),
+            needs=tuple(frozenset(part.outputs) for part in self.parts),
+            parameters=tuple(frozenset(part.parameters) for part in self.parts),
+            shapes=self.shapes,
+            returns=tuple(self.returns[index] for index in range(len(self.layers))),
+        )
+
+    def _told(self, names: Mapping[int, str]) -> Any:
+        def told(parameter: Tensor, fake: Tensor) -> None:
+            if id(parameter) in names:
+                self._mark(fake, _Made(parameters=frozenset((names[id(parameter)],))))
+
+        return told
+
+    def _mark(self, tensor: Tensor, made: _Made) -> None:
+        storage = tensor.untyped_storage()
+        self.alive.append(storage)
+        self.made[storage._cdata] = made
+
+    def _of(self, tensors: Sequence[Any]) -> _Made:
+        made = _Made()
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                known = self.made.get(tensor.untyped_storage()._cdata)
+                made = made | known if known is not None else made
+        return made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":
+            return out
+        made = self._of(tree_leaves((args, kwargs)))
+        if self.current is not None:
+            self._consume(self.current, made)
+            made = _Made(inside=frozenset((self.current,)))
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for result in results:
+            known = self.made.get(result.untyped_storage()._cdata)
+            # a view of what came into a layer is still what came into it
+            self._mark(result, made if known is None else known | made if self.current is None else known)
+        return out
+
+    def _consume(self, part: int, made: _Made) -> None:
+        strangers = made.inside - {part}
+        if strangers:
+            raise PlanError(
+                f"pipeline parallel: {self._name(part)} uses what {self._name(min(strangers))} computes inside, "
+                "not what it returns; use pp1"
+            )
+        self.parts[part].outputs |= made.outputs
+        self.parts[part].parameters |= made.parameters
+
+    def _name(self, part: int) -> str:
+        return self.layers[part] if part < len(self.layers) else "the part after the last layer"
+
+    def _enter(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.current = index
+
+        return hook
+
+    def _leave(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.current = None
+            leaves, self.returns[index] = tree_flatten(output)
+            for leaf, value in enumerate(leaves):
+                if not isinstance(value, Tensor):
+                    continue
+                known = self.made.get(value.untyped_storage()._cdata, _Made())
+                if known.inside == frozenset((index,)) or index not in known.inside:
+                    self._mark(value, _Made(outputs=frozenset((Output(index, leaf),))))
+                    self.shapes[Output(index, leaf)] = (tuple(value.shape), value.dtype)
+
+        return hook
+
+    def _end(self, result: Any) -> None:
+        loss = getattr(result, "loss", None)
+        self._consume(len(self.layers), self._of([loss] if loss is not None else tree_leaves(dict(result))))

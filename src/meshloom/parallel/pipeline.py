@@ -1,0 +1,409 @@
+"""This rank's stages of a pipeline: the model's own forward, begun late and ended early, and the runner of a schedule.
+
+Every stage runs the whole model's forward code. Layers before the stage hand on what came from the stage before; after
+the stage's last layer the forward ends. So masks, positions and whatever else a model computes on its way is computed
+where it is needed, and only what `flow` finds to cross the border is sent. Parameters that no part of the stage uses
+are hollow: one element stretched to their shape. A parameter that stages on several ranks use (tied embeddings) is held
+by each of them, and its gradients are summed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from meshloom.errors import PlanError
+from meshloom.parallel.flow import Flow, Output, trace_flow
+from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.schedule import SCHEDULES, Action, play
+from meshloom.plan import Plan
+
+Phase = Callable[[str], AbstractContextManager[Any]]
+MESSAGE = "message:"  # the prefix of scopes that name the ranks of a message, which PyTorch's traces count in its group
+_BUCKET_BYTES = 25 << 20  # what DistributedDataParallel sends at once
+
+
+class _StageOver(Exception):
+    """Raised after a stage's last layer: the rest of the forward belongs to other stages."""
+
+
+def balance(costs: Sequence[float], num_stages: int) -> list[int]:
+    """Where stages begin and end, `num_stages + 1` numbers, so that the dearest stage is as cheap as can be.
+
+    `costs` are those of the layers in order. Raises PlanError if there are fewer layers than stages.
+    """
+    if len(costs) < num_stages:
+        raise PlanError(
+            f"pipeline parallel: expected at least {num_stages} layers for as many stages, got {len(costs)}"
+        )
+    # best[i]: (dearest stage, bounds) of the first i layers; Pinedo's linear partition, in O(stages · layers²)
+    best: list[tuple[float, list[int]]] = [(sum(costs[:end]), [0, end]) for end in range(len(costs) + 1)]
+    for stages in range(2, num_stages + 1):
+        best = [
+            min(
+                ((max(best[cut][0], sum(costs[cut:end])), [*best[cut][1], end]) for cut in range(stages - 1, end)),
+                default=(float("inf"), []),
+            )
+            for end in range(len(costs) + 1)
+        ]
+    return best[-1][1]
+
+
+class Pipeline(nn.Module):
+    """This rank's stages of `model`, which is changed in place; `run` trains them on micro-batches.
+
+    Every rank of the mesh must build it at the same point: it creates process groups. Raises PlanError where the model
+    cannot be cut into so many stages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mesh: Mesh,
+        example: Mapping[str, Tensor],
+        bounds: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        plan = mesh.plan
+        self.mesh, self.index, self.num_ranks = mesh, mesh.index("pp"), plan.pp
+        self.num_stages = plan.pp * plan.virtual_stages
+        flow = trace_flow(model, example)
+        self.bounds = list(bounds) if bounds is not None else balance(_costs(model, flow), self.num_stages)
+        self.flow = flow
+        self.crossing = [flow.crossing(bound) for bound in self.bounds]
+        self._skeleton = (_skeleton(model),)  # in a tuple: it is no part of this module
+        self._known_shapes: dict[Any, Mapping[Output, Any]] = {}
+        self._hollows: list[tuple[nn.Module, str]] = []
+        self.shared = self._share(model)
+        self._install(model)
+        self.model = model
+        self._running: tuple[int, Mapping[Output, Tensor], dict[Output, Tensor]] = (0, {}, {})
+
+    # -- which parameters this rank holds
+
+    def _share(self, model: nn.Module) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+        """Hollow what other ranks hold; the parameters that several hold, each with the group of its holders."""
+        holders = self._holders(model)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        held = {name: parameter for name, parameter in model.named_parameters() if self.index in holders[name]}
+        groups: dict[tuple[int, ...], Any] = {}
+        for name in sorted(holders):  # every rank makes every group, in one order
+            where = tuple(sorted(holders[name]))
+            if len(where) > 1 and where not in groups:
+                groups[where] = self.mesh.part_of_pipeline(where)
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and names[id(parameter)] not in held:
+                    del module._parameters[name]
+                    module.__dict__[name] = _hollow(parameter)
+                    self._hollows.append((module, name))
+        shared = []
+        for name, parameter in held.items():
+            where = tuple(sorted(holders[name]))
+            if len(where) > 1:
+                shared.append((parameter, groups[where]))
+                parameter.counted_elsewhere = self.index != where[0]  # type: ignore[attr-defined]
+        return shared
+
+    def _holders(self, model: nn.Module) -> dict[str, set[int]]:
+        """Parameter -> the pipeline ranks whose stages use it; what nobody uses stays on the first."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        holders: dict[str, set[int]] = {name: set() for name in names.values()}
+        for stage in range(self.num_stages):
+            begin, end = self.bounds[stage], self.bounds[stage + 1]
+            end_part = end + 1 if stage == self.num_stages - 1 else end
+            used = set().union(*self.flow.parameters[begin:end_part])
+            for path in self.flow.layers[begin:end]:
+                used |= {names[id(parameter)] for parameter in model.get_submodule(path).parameters()}
+            for name in used:
+                holders[name].add(stage % self.num_ranks)
+        return {name: where or {0} for name, where in holders.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pipeline:
+        """Hollow tensors move to other devices and dtypes as parameters do."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name in self._hollows:
+            hollow = module.__dict__[name]
+            module.__dict__[name] = fn(hollow.new_zeros(())).expand(hollow.shape)
+        return self
+
+    # -- the forward of one stage
+
+    def _install(self, model: nn.Module) -> None:
+        for index, path in enumerate(self.flow.layers):
+            layer = model.get_submodule(path)
+            layer.forward = partial(self._layer, index, layer.forward)
+
+    def _layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What layer `index` does in the running stage: its work, or handing on what was received."""
+        stage, received, made = self._running
+        begin, end = self.bounds[stage], self.bounds[stage + 1]
+        if not begin <= index < end:
+            return self._pass(index, received, args, kwargs)
+        out = forward(*args, **kwargs)
+        for leaf, value in enumerate(tree_leaves(out)):
+            made[Output(index, leaf)] = value
+        if index == end - 1 and stage < self.num_stages - 1:
+            raise _StageOver
+        return out
+
+    def _pass(self, index: int, received: Mapping[Output, Tensor], args: Any, kwargs: Any) -> Any:
+        spec = self.flow.returns[index]
+        hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        leaves = [
+            received.get(Output(index, leaf), hidden if Output(index, leaf) in self.flow.shapes else None)
+            for leaf in range(spec.num_leaves)
+        ]
+        return tree_unflatten(leaves, spec)
+
+    def forward(self, stage: int, batch: Mapping[str, Tensor], received: Mapping[Output, Tensor]) -> list[Tensor]:
+        """What `stage` sends on, or [loss] of the last stage."""
+        made: dict[Output, Tensor] = dict(received)
+        self._running = stage, received, made
+        try:
+            result = self.model(**batch)
+        except _StageOver:
+            return [made[output] for output in self.crossing[stage + 1]]
+        finally:
+            self._running = stage, {}, {}
+        return [result.loss]
+
+    def groups_beside_axes(self) -> list[dist.ProcessGroup]:
+        """The groups that are no axis of the plan but part of its pipeline axis."""
+        back = [self.mesh.back_group] if self.mesh.back_group is not None else []
+        return [*back, *{id(group): group for _, group in self.shared}.values()]
+
+    # -- the schedule
+
+    def run(
+        self, micro_batches: Sequence[Mapping[str, Tensor]], *, phase: Phase = lambda name: nullcontext()
+    ) -> Tensor:
+        """Forward and backward of all micro-batches; returns their mean loss (), the same on every rank.
+
+        Gradients are left on the parameters, summed over stages that share one, averaged over data parallel.
+        """
+        plan = self.mesh.plan
+        schedule = SCHEDULES[plan.schedule](plan.pp, len(micro_batches), plan.virtual_stages)
+        play(schedule)  # an impossible order raises before anything is sent
+        runner = _Runner(self, micro_batches, phase)
+        for action in schedule[self.index]:
+            runner.act(action)
+        runner.finish()
+        with phase("backward"):
+            self._reduce()
+        with phase("forward"):  # the last stage tells the others
+            dist.all_reduce(runner.loss, group=self.mesh.groups["pp"])
+        return runner.loss
+
+    def _reduce(self) -> None:
+        for parameter, group in self.shared:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
+        data_group = self.mesh.groups.get("dp")
+        if data_group is not None:
+            average_gradients([p for p in self.parameters() if p.grad is not None], data_group)
+
+    def shapes(self, batch: Mapping[str, Tensor]) -> Mapping[Output, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes of what crosses borders for a batch of these shapes, from a fake forward of the whole model."""
+        key = tuple((name, tuple(value.shape)) for name, value in batch.items())
+        if key not in self._known_shapes:
+            with _disable_current_modes():
+                example = {
+                    name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in batch.items()
+                }
+                self._known_shapes[key] = trace_flow(self._skeleton[0], example).shapes
+        return self._known_shapes[key]
+
+
+class _Runner:
+    """One step of a pipeline on one rank."""
+
+    def __init__(self, pipeline: Pipeline, micro_batches: Sequence[Mapping[str, Tensor]], phase: Phase) -> None:
+        self.pipeline, self.micro_batches, self.phase = pipeline, micro_batches, phase
+        self.mesh = pipeline.mesh
+        self.group = self.mesh.groups["pp"]
+        assert self.mesh.back_group is not None
+        self.back_group = self.mesh.back_group
+        self.ranks = self.mesh.plan.group("pp", self.mesh.rank)
+        self.received: dict[tuple[int, int], dict[Output, Tensor]] = {}
+        self.made: dict[tuple[int, int], list[Tensor]] = {}
+        self.pending: list[tuple[Any, Tensor]] = []  # sends under way, with what they send
+        self.waiting: dict[tuple[int, int], tuple[list[Tensor], list[Tensor | None]]] = {}  # for weight gradients
+        with phase("forward"):
+            self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)  # one type on every rank
+
+    def act(self, action: Action) -> None:
+        """Run one action of the schedule."""
+        if action.kind == "forward":
+            with self.phase("forward"):
+                self._forward(action.stage, action.micro_batch)
+        elif action.kind == "backward":
+            with self.phase("backward"):
+                self._backward(action.stage, action.micro_batch)
+        elif action.kind == "input":
+            with self.phase("backward"):
+                self._input_gradients(action.stage, action.micro_batch)
+        else:
+            with self.phase("backward"):
+                self._weight_gradients(action.stage, action.micro_batch)
+
+    def finish(self) -> None:
+        """Wait until everything that was sent has left."""
+        for work, _ in self.pending:
+            work.wait()
+        self.pending.clear()
+
+    def _forward(self, stage: int, mb: int) -> None:
+        batch = self.micro_batches[mb]
+        received: dict[Output, Tensor] = {}
+        if stage:
+            shapes = self.pipeline.shapes(batch)
+            for place, output in enumerate(self.pipeline.crossing[stage]):
+                shape, dtype = shapes[output]
+                tensor = torch.empty(shape, dtype=dtype, device=self.mesh.device)
+                self._receive(tensor, stage - 1, mb, place, self.group)
+                received[output] = tensor.requires_grad_(dtype.is_floating_point)
+        made = self.pipeline(stage, batch, received)
+        if stage == self.pipeline.num_stages - 1:
+            made = [made[0] / len(self.micro_batches)]
+            self.loss = self.loss + made[0].detach()
+        else:
+            for place, tensor in enumerate(made):
+                self._send(tensor.detach(), stage + 1, mb, place, self.group)
+        self.received[stage, mb], self.made[stage, mb] = received, made
+
+    def _gradients(self, stage: int, mb: int) -> tuple[list[Tensor], list[Tensor | None]]:
+        """What the stage made that needs a gradient, and those gradients, from the stage after."""
+        made = [tensor for tensor in self.made[stage, mb] if tensor.is_floating_point()]
+        if stage == self.pipeline.num_stages - 1:
+            return made, [None]
+        roots: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        for place, tensor in enumerate(made):
+            gradient = torch.empty_like(tensor, requires_grad=False, memory_format=torch.contiguous_format)
+            self._receive(gradient, stage + 1, mb, place, self.back_group)
+            if tensor.requires_grad:
+                roots.append(tensor)
+                gradients.append(gradient)
+        return roots, gradients
+
+    def _backward(self, stage: int, mb: int) -> None:
+        roots, gradients = self._gradients(stage, mb)
+        torch.autograd.backward(roots, gradients)
+        received = self.received.pop((stage, mb))
+        del self.made[stage, mb]
+        self._send_back(stage, mb, [tensor.grad for tensor in received.values() if tensor.requires_grad], received)
+
+    def _send_back(
+        self, stage: int, mb: int, gradients: Sequence[Tensor | None], received: Mapping[Output, Tensor]
+    ) -> None:
+        inputs = [tensor for tensor in received.values() if tensor.requires_grad]
+        for place, (tensor, gradient) in enumerate(zip(inputs, gradients, strict=True)):
+            self._send(
+                torch.zeros_like(tensor) if gradient is None else gradient, stage - 1, mb, place, self.back_group
+            )
+
+    def _input_gradients(self, stage: int, mb: int) -> None:
+        roots, gradients = self._gradients(stage, mb)
+        received = self.received[stage, mb]
+        inputs = [tensor for tensor in received.values() if tensor.requires_grad]
+        if inputs:
+            found = torch.autograd.grad(roots, inputs, gradients, retain_graph=True, allow_unused=True)
+            self._send_back(stage, mb, found, received)
+        self.waiting[stage, mb] = roots, gradients
+
+    def _weight_gradients(self, stage: int, mb: int) -> None:
+        roots, gradients = self.waiting.pop((stage, mb))
+        weights = [parameter for parameter in self.pipeline.parameters() if parameter.requires_grad]
+        torch.autograd.backward(roots, gradients, inputs=weights)
+        del self.received[stage, mb], self.made[stage, mb]
+
+    def _send(self, tensor: Tensor, stage: int, mb: int, place: int, group: dist.ProcessGroup) -> None:
+        peer = self.ranks[stage % len(self.ranks)]
+        tensor = tensor.contiguous()
+        with record_function(f"{MESSAGE}{self.mesh.rank}>{peer}"):
+            work = dist.isend(tensor, dst=peer, group=group, tag=self._tag(stage, mb, place))
+        self.pending.append((work, tensor))
+
+    def _receive(self, tensor: Tensor, stage: int, mb: int, place: int, group: dist.ProcessGroup) -> None:
+        peer = self.ranks[stage % len(self.ranks)]
+        mine = stage + 1 if group is self.group else stage - 1
+        with record_function(f"{MESSAGE}{peer}>{self.mesh.rank}"):
+            work = dist.irecv(tensor, src=peer, group=group, tag=self._tag(mine, mb, place))
+        if work is not None:
+            work.wait()
+
+    def _tag(self, stage: int, mb: int, place: int) -> int:
+        """The same number on both ends: which stage receives, which micro-batch, which of its tensors."""
+        return (stage * len(self.micro_batches) + mb) * 16 + place
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Average gradients over the group, in buckets as large as DistributedDataParallel's."""
+    buckets: list[list[Tensor]] = [[]]
+    size = 0
+    for parameter in parameters:
+        assert parameter.grad is not None
+        if size + parameter.grad.nbytes > _BUCKET_BYTES and buckets[-1]:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter.grad)
+        size += parameter.grad.nbytes
+    works = []
+    for bucket in buckets:
+        flat = torch.cat([gradient.flatten() for gradient in bucket]) / group.size()
+        works.append((dist.all_reduce(flat, group=group, async_op=True), flat, bucket))
+    for work, flat, bucket in works:
+        if work is not None:
+            work.wait()
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
+
+
+def check_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """The layers of each stage; raises PlanError where the model has too few, or the schedule cannot be."""
+    flow = trace_flow(model, example)
+    num_stages = plan.pp * plan.virtual_stages
+    bounds = balance(_costs(model, flow), num_stages)
+    play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
+    return [flow.layers[begin:end] for begin, end in pairwise(bounds)]
+
+
+def _costs(model: nn.Module, flow: Flow) -> list[float]:
+    """What each layer costs, in parameters it multiplies with; the last one also bears what follows the layers."""
+    costs = [float(sum(p.numel() for p in model.get_submodule(path).parameters())) for path in flow.layers]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    costs[-1] += sum(sizes[name] for name in flow.parameters[-1])
+    return costs
+
+
+def _hollow(parameter: Tensor) -> Tensor:
+    """A tensor of the parameter's shape that holds one element."""
+    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters take no memory."""
+    with _disable_current_modes():
+        memo: dict[int, Any] = {}
+        for module in model.modules():
+            for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+                if isinstance(value, dist.ProcessGroup):  # shared, not copied
+                    memo[id(value)] = value
+                elif isinstance(value, Tensor):
+                    empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
+                    memo[id(value)] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty
+        return copy.deepcopy(model, memo)
