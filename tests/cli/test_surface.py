@@ -22,6 +22,8 @@ OPTIONS = {
         "--trace-step", "--virtual-stages", "--weight-decay",
     ],
     "capture": ["--json", "--out", "--rank"],
+    "parallelize": ["--certify", "--dtype", "--explain", "--gradient-accumulation", "--layers", "--model",
+                    "--objective", "--out", "--plan", "--schedule", "--virtual-stages"],
     "synth": ["--gradient-accumulation", "--json", "--micro-batch", "--model", "--objective", "--out", "--plan",
               "--schedule", "--seq-length", "--virtual-stages"],
     "check": ["--json", "--strict"],
@@ -156,3 +158,16 @@ def test_faults_give_exit_code_1(demo_run: Path, tmp_path: Path, meshloom: Meshl
     result = meshloom("check", str(tmp_path / "rank0.et"))
     assert result.returncode == 1
     assert "dangling-dependency" in result.stdout
+
+
+def test_parallelize_explains_and_certifies(meshloom: Meshloom, tmp_path: Path) -> None:
+    size = ["--model", "gpt2-tiny", "--plan", "tp2.pp2"]
+    result = meshloom("parallelize", *size, "--certify", "--dtype", "float64", "--out", str(tmp_path / "told.json"))
+    assert result.returncode == 0, result.stderr
+    assert "stage 1 on pipeline rank 1: transformer.h.1" in result.stdout
+    told = json.loads((tmp_path / "told.json").read_text())
+    styles = {row["module"]: row["style"] for row in told["layers"]}
+    assert styles["transformer.h.0.attn.c_attn"] == "column"
+    assert styles["lm_head"] == "whole"
+    assert told["certificate"]["passes"]
+    assert 0 < told["certificate"]["gradient"] < 1e-12

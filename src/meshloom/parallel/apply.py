@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
-from typing import Any
+from itertools import combinations, takewhile
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,10 @@ from meshloom.parallel.fake import trouble_of_part
 from meshloom.parallel.linear import shard_of
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, check_stages
-from meshloom.parallel.styles import cut_linear
+from meshloom.parallel.styles import Part, cut_linear
 from meshloom.plan import Plan
+
+_MOST_LEFT_OUT = 2  # numbers of a module that are equal to a count by chance; each more doubles the tries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +47,19 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
             return Discovery(pairs=(), kept={})
         found = discover(model, example)
     except RuntimeError as error:  # of CannotFollow, or of a forward that fails on fake tensors
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {why}") from error
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {told}") from error
     if not found.pairs:
         why = next(iter(found.kept.items()), ("the model", "it has no linear layer"))
         raise PlanError(f"plan {plan}: expected layers that can be cut, found none ({why[0]}: {why[1]}); use tp1")
     for pair in found.pairs:
-        if pair.num_units % plan.tp:
-            what = "heads" if pair.num_units < pair.width else "features"
-            raise PlanError(
-                f"plan {plan}: {next(iter(pair.columns))} has {pair.num_units} {what}, which tp{plan.tp} "
-                f"does not divide; use a divisor of {pair.num_units}"
-            )
+        for path, units in pair.units.items():
+            if units % plan.tp and (pair.num_copies(path, plan.tp) == 1 or units == max(pair.units.values())):
+                what = "heads" if pair.num_units < pair.width else "features"
+                raise PlanError(
+                    f"plan {plan}: {path} has {units} {what}, which tp{plan.tp} does not divide; "
+                    f"use a divisor of {units}"
+                )
     return found
 
 
@@ -69,17 +71,14 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
     found = check_plan(model, plan, example)
-    for pair in found.pairs:
-        _cut(model, pair, mesh)
+    stages = check_stages(model, plan, example) if plan.pp > 1 else None
+    if found.pairs:
+        _cut(model, found.pairs, mesh)
     for name in found.partial:  # such as the norm of each head
         model.get_parameter(name).register_hook(partial(sum_over, group=mesh.groups["tp"]))
     if found.pairs and trouble_of_part(model, example, found.shapes(plan.tp)):
-        # The forward reshapes or splits by numbers of its own, which must now count this rank's part.
-        for pair in found.pairs:
-            _divide_counts(model, pair, plan.tp)
-        if trouble := trouble_of_part(model, example, found.shapes(plan.tp)):
-            raise PlanError(f"plan {plan}: the model's forward does not run on a rank's part: {trouble}; use tp1")
-    return Pipeline(model, mesh=mesh, example=example) if plan.pp > 1 else model
+        _fit_counts(model, found, example, plan)
+    return Pipeline(model, mesh=mesh, example=example, stages=stages) if plan.pp > 1 else model
 
 
 def explain(found: Discovery) -> list[Decision]:
@@ -99,8 +98,12 @@ def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     counted = [parameter for parameter in parameters if not getattr(parameter, "counted_elsewhere", False)]
-    cut = [gradient(parameter) for parameter in counted if shard_of(parameter) is not None]
     whole = [gradient(parameter) for parameter in counted if shard_of(parameter) is None]
+    cut = [
+        gradient(parameter) / shard.num_copies**0.5 if shard.num_copies > 1 else gradient(parameter)
+        for parameter in counted
+        if (shard := shard_of(parameter)) is not None
+    ]
     # torch.nn.utils.get_total_norm takes another road for fake tensors than for real ones; these ops do not.
     squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (whole, cut) if grads]
     if cut:
@@ -126,25 +129,62 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-def _cut(model: nn.Module, pair: Pair, mesh: Mesh) -> None:
+def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
     degree, index, group = mesh.degree("tp"), mesh.index("tp"), mesh.groups["tp"]
-    styles = {**dict.fromkeys(pair.columns, "column"), **dict.fromkeys(pair.rows, "row")}
-    for path, style in styles.items():
-        part = cut_linear(
-            style,
-            model.get_submodule(path),
-            num_blocks=pair.columns.get(path, 1),
-            group=group,
-            index=index,
-            degree=degree,
-        )
-        model.set_submodule(path, part)
+    parts: dict[nn.Module, nn.Module] = {}
+    made: dict[tuple[int, str, int], nn.Parameter] = {}  # layers that were tied stay tied
+    for pair in pairs:
+        styles = {**dict.fromkeys(pair.columns, "column"), **dict.fromkeys(pair.rows, "row")}
+        for path, style in styles.items():
+            whole = model.get_submodule(path)
+            num_blocks = pair.columns.get(path, 1)
+            num_copies = pair.num_copies(path, degree) if style == "column" else 1
+            what = Part(num_blocks=num_blocks, num_copies=num_copies, group=group, index=index, degree=degree)
+            part = cut_linear(style, whole, what)
+            for name, parameter in list(part.named_parameters()):
+                key = id(getattr(whole, name)), style, num_blocks
+                if key not in made and num_copies > 1:
+                    parameter.register_hook(partial(sum_over, group=_sharers(mesh, num_copies)))
+                setattr(part, name, made.setdefault(key, parameter))
+            parts[whole] = part
+    for module in list(model.modules()):  # a layer may stand in several places
+        for name, child in module._modules.items():
+            if child in parts:
+                module._modules[name] = parts[child]
 
 
-def _divide_counts(model: nn.Module, pair: Pair, degree: int) -> None:
-    for owner in _owners(model, [*pair.columns, *pair.rows]):
-        for name, value in _counts(owner, pair).items():
-            setattr(owner, name, value // degree)
+def _sharers(mesh: Mesh, num_copies: int) -> dist.ProcessGroup:
+    """The group of the neighbours that hold the same heads as this rank."""
+    begins = range(0, mesh.degree("tp"), num_copies)
+    groups = [mesh.part("tp", tuple(range(begin, begin + num_copies))) for begin in begins]
+    return next(group for group in groups if group is not None)
+
+
+def _fit_counts(model: nn.Module, found: Discovery, example: Mapping[str, Tensor], plan: Plan) -> None:
+    """The forward reshapes or splits by numbers of its own, which must now count this rank's part.
+
+    All that equal a count of heads or features are tried first; where that is too many, because a number is equal by
+    chance, fewer. What is right is decided by the shapes of the whole forward. Raises PlanError if nothing fits.
+    """
+    places = [
+        (owner, name, getattr(owner, name), value)
+        for pair in found.pairs
+        for owner in _owners(model, [*pair.columns, *pair.rows])
+        for name, value in _counts(owner, pair, plan.tp).items()
+    ]
+    names = sorted({name for _, name, _, _ in places})
+    trouble = "it has no count that could be divided"
+    for left_out in range(min(len(names), _MOST_LEFT_OUT + 1)):
+        for kept in combinations(names, len(names) - left_out):
+            for owner, name, before, after in places:
+                setattr(owner, name, after if name in kept else before)
+            told = trouble_of_part(model, example, found.shapes(plan.tp))
+            if not told:
+                return
+            trouble = trouble if left_out else told  # what all of them give says most
+    for owner, name, before, _ in places:
+        setattr(owner, name, before)
+    raise PlanError(f"plan {plan}: the model's forward does not run on a rank's part: {trouble}; use tp1")
 
 
 def _owners(model: nn.Module, paths: list[str]) -> list[nn.Module]:
@@ -155,14 +195,25 @@ def _owners(model: nn.Module, paths: list[str]) -> list[nn.Module]:
     return [model.get_submodule(path) for path in sorted(between)]
 
 
-def _counts(owner: nn.Module, pair: Pair) -> dict[str, Any]:
-    """The owner's own numbers that count cut heads or features: its forward reshapes and splits by them.
+def _counts(owner: nn.Module, pair: Pair, degree: int) -> dict[str, int]:
+    """The owner's own numbers that count cut heads or features, with what they are on a rank: its forward reshapes and
+    splits by them. Where ranks share heads, so do the number of those and how often they are repeated.
 
     The size of a single head is never cut, whatever number it happens to equal.
     """
-    sizes = {pair.num_units, pair.width} if pair.num_units < pair.width else {pair.width}
+    most = max(pair.units.values())
+    head_size = pair.width // most
+    divided: dict[int, int] = {}
+    for path, units in pair.units.items():
+        copies = pair.num_copies(path, degree)
+        if copies > 1:
+            divided |= {most // units: most // units // copies, units: 1, units * head_size: head_size}
+    divided |= {most: most // degree} if most < pair.width else {}
+    divided |= {units: units // degree for units in pair.units.values() if not units % degree and units < pair.width}
+    divided |= {pair.width: pair.width // degree}
+    numbers = {name: value for name, value in vars(owner).items() if type(value) is int and value in divided}
     return {
-        name: value
-        for name, value in vars(owner).items()
-        if type(value) is int and value in sizes and not name.endswith(("head_dim", "head_size"))
+        name: divided[value]
+        for name, value in numbers.items()
+        if value != head_size or not name.endswith(("head_dim", "head_size"))
     }

@@ -8,7 +8,7 @@ cut dim, an op without a rule) the layers stay whole on each rank, and `Discover
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from meshloom.parallel.fake import Shapes, run_fake
+from meshloom.parallel.fake import Seen, run_fake
 from meshloom.parallel.styles import linear_shape
 
 
@@ -36,6 +36,12 @@ class Pair:
     num_units: int
     width: int  # features of one block
     reason: str
+    units: Mapping[str, int]  # column -> how many units it has by itself: key and value may have fewer heads than query
+
+    def num_copies(self, column: str, degree: int) -> int:
+        """How many neighbouring ranks share a part of the column, because it has fewer units than there are ranks."""
+        units = self.units[column]
+        return degree // units if units < degree and degree % units == 0 else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +67,26 @@ class Discovery:
     pairs: tuple[Pair, ...]
     kept: Mapping[str, str]
     partial: tuple[str, ...] = ()  # whole parameters that meet a rank's part only: their gradients must be summed
-    seen: tuple[tuple[str, tuple[int, ...], _Cut | None], ...] = ()
+    seen: tuple[tuple[str, tuple[int, ...] | None, _Cut | None], ...] = ()
 
-    def shapes(self, degree: int) -> Shapes:
-        """What the forward must do on one of `degree` parts: the same, with each cut dim divided."""
+    def shapes(self, degree: int) -> list[Seen]:
+        """What the forward must do on one of `degree` parts: the same, with each cut dim divided.
+
+        Heads that ranks share are repeated less often there, or not at all; what they then meet is held to its shape.
+        """
         columns = {path for pair in self.pairs for path in pair.columns}
+        copied = {path for pair in self.pairs for path in pair.columns if pair.num_copies(path, degree) > 1}
         return [
-            (
+            Seen(op, None, optional=True)
+            if cut and cut.sources <= copied
+            else Seen(
                 op,
-                tuple(
+                shape
+                and tuple(
                     size // degree if cut and cut.sources <= columns and dim == cut.dim else size
                     for dim, size in enumerate(shape)
                 ),
+                optional=op == "clone",  # a single head needs none to be contiguous
             )
             for op, shape, cut in self.seen
         ]
@@ -86,11 +100,13 @@ class _Trail:
     width: dict[str, int] = field(default_factory=dict)  # source -> features of one block
     num_blocks: dict[str, int] = field(default_factory=dict)
     num_units: dict[str, int] = field(default_factory=dict)
+    own_units: dict[str, int] = field(default_factory=dict)  # before it meets others
     lost: dict[str, str] = field(default_factory=dict)  # source -> why it cannot be cut
     feeds: dict[str, set[str]] = field(default_factory=dict)  # consumer -> sources, in order of execution
-    inside: int = 0  # how many linear layers are running: their own ops are theirs
-    seen: list[tuple[str, tuple[int, ...], _Cut | None]] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)  # the linear layers that are running: their own ops are theirs
+    seen: list[tuple[str, tuple[int, ...] | None, _Cut | None]] = field(default_factory=list)
     made_of: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> _Whole
+    uniform: dict[int, Any] = field(default_factory=dict)  # storages of constants that are the same everywhere
     partial: dict[str, set[str]] = field(default_factory=dict)  # parameter -> sources whose cut it meets
 
     def told(self, name: str, fake: Tensor) -> None:
@@ -118,6 +134,19 @@ class _Trail:
             for result in results:
                 self.made_of[result] = _Whole(frozenset() if is_activation else parameters, is_activation)
 
+    def note_uniform(self, func: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Note constants that are the same everywhere: the forward makes a rank's as large as it needs them."""
+        storages = [tensor.untyped_storage() for tensor in (*tensors, *results)]
+        if func._schema.is_mutable:  # perhaps only in some places
+            for storage in storages:
+                self.uniform.pop(storage._cdata, None)
+        elif all(self.is_uniform(tensor) for tensor in tensors) and (tensors or func.overloadpacket.__name__ in _FILLS):
+            self.uniform.update((storage._cdata, storage) for storage in storages)
+
+    def is_uniform(self, tensor: Tensor) -> bool:
+        """Whether it is a constant that is the same everywhere."""
+        return tensor.untyped_storage()._cdata in self.uniform
+
     def lose(self, sources: Iterable[str], why: str) -> None:
         """Note why the sources cannot be cut; the first reason stays."""
         for source in sources:
@@ -144,13 +173,30 @@ def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Discovery:
         model.train(was_training)
         for handle in handles:
             handle.remove()
+    for path, why in _tied(model, linears):
+        trail.lost[path] = why
     return _pair(trail, linears)
+
+
+def _tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Linear layers that share a parameter with something that is none, as a head with the embedding."""
+    others = {
+        id(parameter): path
+        for path, module in model.named_modules()
+        if path not in linears
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+    for path, module in linears.items():
+        tied = [others[id(parameter)] for parameter in module.parameters() if id(parameter) in others]
+        if tied:
+            yield path, f"it shares a parameter with {tied[0]}"
 
 
 def _arrive(trail: _Trail, path: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         cut = trail.cuts.get(args[0])
-        trail.inside += 1
+        trail.inside.append(path)
         trail.feeds.setdefault(path, set())
         if cut is None:
             return
@@ -163,11 +209,16 @@ def _arrive(trail: _Trail, path: str) -> Callable[..., None]:
 
 def _depart(trail: _Trail, path: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        trail.inside -= 1
+        trail.inside.pop()
+        shape = linear_shape(module)
+        if not isinstance(output, Tensor) or shape is None or output.size(-1) != shape.out_features:
+            trail.lose((path,), "it returns something else than a linear layer does")
+            return
         width = output.size(-1)
         trail.width.setdefault(path, width)
         trail.num_blocks.setdefault(path, 1)
         trail.num_units[path] = min(width, trail.num_units.get(path, width))
+        trail.own_units[path] = min(width, trail.own_units.get(path, width))
         trail.cuts[output] = _Cut(frozenset((path,)), output.dim() - 1, width)
         trail.made_of[output] = _Whole(frozenset(), True)
 
@@ -183,33 +234,44 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        cuts = self.trail.cuts
+        if func.namespace == "prim":  # which only asks where a tensor lies
+            return out
+        if self.trail.inside:
+            if func.overloadpacket.__name__ not in _OF_A_LINEAR:
+                told = f"its forward does more than a linear layer's: {func.overloadpacket.__name__}"
+                self.trail.lose(self.trail.inside, told)
+            return out
+        cuts, name = self.trail.cuts, func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        given = [cuts[tensor] for tensor in tensors if tensor in cuts]
-        if not self.trail.inside and func.namespace != "prim":
-            self.trail.meet(
-                func.overloadpacket.__name__, tensors, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            )
-        if given and not self.trail.inside and func.namespace != "prim":  # prim.device only asks where a tensor lies
-            rule = _RULES.get(func.overloadpacket.__name__)
-            if rule is None and torch.Tag.pointwise in func.tags:
-                rule = _pointwise
-            results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            after = rule(self.trail, args, tensors, results) if rule is not None else None
-            if after is None:
-                why = f"{func.overloadpacket.__name__} mixes its features"
-                self.trail.lose((source for cut in given for source in cut.sources), why)
-            else:
-                for result, cut in zip(results, after, strict=True):
-                    if cut is not None:
-                        cuts[result] = cut
-                        for source in cut.sources:
-                            self.trail.num_units[source] = min(self.trail.num_units[source], cut.num_units)
-        if not self.trail.inside:
-            name = func.overloadpacket.__name__
-            results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            self.trail.seen += [(name, tuple(result.shape), cuts.get(result)) for result in results]
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.trail.note_uniform(func, tensors, results)
+        self.trail.meet(name, tensors, results)
+        if any(tensor in cuts for tensor in tensors):
+            self._carry(func, args, tensors, results)
+        self.trail.seen += [
+            (name, None if self.trail.is_uniform(result) else tuple(result.shape), cuts.get(result))
+            for result in results
+        ]
         return out
+
+    def _carry(self, func: Any, args: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Hand the cut on to the results, or note that the trail is lost here."""
+        cuts, name = self.trail.cuts, func.overloadpacket.__name__
+        rule = _RULES.get(name)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = _pointwise
+        after = rule(self.trail, args, tensors, results) if rule is not None else None
+        if after is None:
+            given = [cuts[tensor] for tensor in tensors if tensor in cuts]
+            self.trail.lose((source for cut in given for source in cut.sources), f"{name} mixes its features")
+            return
+        for result, cut in zip(results, after, strict=True):
+            if cut is not None:
+                cuts[result] = cut
+                for source in cut.sources:
+                    self.trail.num_units[source] = min(self.trail.num_units[source], cut.num_units)
+                    if len(cut.sources) == 1:
+                        self.trail.own_units[source] = min(self.trail.own_units[source], cut.num_units)
 
 
 Rule = Callable[[_Trail, tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]], "list[_Cut | None] | None"]
@@ -222,7 +284,8 @@ def _pointwise(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cu
     if len(from_right) != 1 or len({tensor.size(cut.dim) for tensor, cut in given}) != 1:
         return None
     place = from_right.pop()
-    if any(tensor not in trail.cuts and tensor.dim() >= place and tensor.size(-place) != 1 for tensor in tensors):
+    whole = [tensor for tensor in tensors if tensor not in trail.cuts and not trail.is_uniform(tensor)]
+    if any(tensor.dim() >= place and tensor.size(-place) != 1 for tensor in whole):
         return None
     sources = frozenset().union(*(cut.sources for _, cut in given))
     num_units = min(cut.num_units for _, cut in given)
@@ -341,6 +404,10 @@ def _batched_product(trail: _Trail, args: Any, tensors: Any, results: Any) -> li
     return [_Cut(both[0].sources | both[1].sources, 0, min(cut.num_units for cut in both))]
 
 
+_OF_A_LINEAR = frozenset(
+    ("t", "mm", "addmm", "bmm", "view", "_unsafe_view", "reshape", "transpose", "permute", "expand", "add", "linear")
+)
+_FILLS = frozenset(("zeros", "ones", "full"))
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "_reshape_alias"), _reshape),
     **dict.fromkeys(("t", "transpose", "permute"), _permute),
@@ -399,7 +466,8 @@ def _pair(trail: _Trail, linears: Mapping[str, nn.Module]) -> Discovery:
         num_units = min(trail.num_units[source] for source in columns)
         width = next(trail.width[source] for source in columns)
         reason = f"all output features of {', '.join(columns)} end in the input features of {', '.join(members)}"
-        pairs.append(Pair(columns=columns, rows=members, num_units=num_units, width=width, reason=reason))
+        units = {source: trail.own_units[source] for source in columns}
+        pairs.append(Pair(columns=columns, rows=members, num_units=num_units, width=width, reason=reason, units=units))
     cut = {path for pair in pairs for path in (*pair.columns, *pair.rows)}
     kept = {
         path: lost.get(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,15 @@ class CannotFollow(RuntimeError):
     """The forward cannot be run on fake tensors, for the reason that it says."""
 
 
-Shapes = list[tuple[str, tuple[int, ...]]]  # what the forward did outside its linear layers: op, shape of a result
+class Seen(NamedTuple):
+    """What a forward did outside its linear layers: an op, and the shape of one of its results.
+
+    As an expectation, `shape` None stands for any, and what is `optional` may be missing.
+    """
+
+    op: str
+    shape: tuple[int, ...] | None
+    optional: bool = False
 
 
 def run_fake(
@@ -95,13 +103,13 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.inside = 0
-        self.shapes: Shapes = []
+        self.seen: list[Seen] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self.inside:
+        if not self.inside and func.namespace != "prim":
             results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            self.shapes += [(func.overloadpacket.__name__, tuple(result.shape)) for result in results]
+            self.seen += [Seen(func.overloadpacket.__name__, tuple(result.shape)) for result in results]
         return out
 
     def enter(self, *args: Any) -> None:
@@ -113,7 +121,7 @@ class _Watch(TorchDispatchMode):
         self.inside -= 1
 
 
-def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: Shapes) -> str:
+def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: Sequence[Seen]) -> str:
     """Where the forward of a cut model does something else than `expected`, in one line; empty if it does the same.
 
     That the forward runs is not enough: a view with -1 would make heads of another rank into tokens of this one.
@@ -132,7 +140,31 @@ def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: S
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    for got, want in zip(watch.shapes, expected):
-        if got != want:
-            return f"{got[0]} gives {got[1]}, expected {want[0]} to give {want[1]}"
-    return "" if len(watch.shapes) == len(expected) else f"{len(watch.shapes)} results, expected {len(expected)}"
+    return _difference(watch.seen, expected)
+
+
+def _difference(seen: Sequence[Seen], expected: Sequence[Seen]) -> str:
+    """The first of `seen` that cannot be as expected, whichever optional ones are missing; empty if all is well."""
+    places = _open_places({0}, expected)
+    for got in seen:
+        following = {
+            place + 1
+            for place in places
+            if place < len(expected) and expected[place].op == got.op and expected[place].shape in (None, got.shape)
+        }
+        if not following:
+            want = expected[max(places)] if max(places) < len(expected) else None
+            told = f"expected {want.op} to give {want.shape}" if want else "expected nothing more"
+            return f"{got.op} gives {got.shape}, {told}"
+        places = _open_places(following, expected)
+    return "" if len(expected) in places else f"it ends before {expected[min(places)].op}"
+
+
+def _open_places(places: set[int], expected: Sequence[Seen]) -> set[int]:
+    """The places, and those that are reached from them by leaving out what is optional."""
+    reached = set(places)
+    for place in places:
+        while place < len(expected) and expected[place].optional:
+            place += 1
+            reached.add(place)
+    return reached

@@ -28,20 +28,20 @@ class Mesh:
     device: torch.device
     groups: Mapping[Axis, dist.ProcessGroup]
     back_group: dist.ProcessGroup | None = None
-    parts: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
+    parts: dict[tuple[Axis, tuple[int, ...]], dist.ProcessGroup | None] = field(default_factory=dict)
 
-    def part_of_pipeline(self, places: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """The group of the ranks at `places` of this rank's pipeline, None if it is not one of them.
+    def part(self, axis: Axis, places: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The group of the ranks at `places` of this rank's group on `axis`, None if it is not one of them.
 
         Every rank of the mesh must ask for the same places at the same point: the first time, groups are made.
         """
-        if places not in self.parts:
+        if (axis, places) not in self.parts:
             mine = None
-            for ranks in self.plan.groups("pp"):
+            for ranks in self.plan.groups(axis):
                 group = dist.new_group([ranks[place] for place in places])
                 mine = group if self.rank in [ranks[place] for place in places] else mine
-            self.parts[places] = mine
-        return self.parts[places]
+            self.parts[axis, places] = mine
+        return self.parts[axis, places]
 
     def degree(self, axis: Axis) -> int:
         """How many ranks the axis has."""

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ def balance(costs: Sequence[float], num_stages: int) -> list[int]:
 class Pipeline(nn.Module):
     """This rank's stages of `model`, which is changed in place; `run` trains them on micro-batches.
 
+    `stages` are the layers of each stage, by default balanced by what they cost.
+
     Every rank of the mesh must build it at the same point: it creates process groups. Raises PlanError where the model
     cannot be cut into so many stages.
     """
@@ -73,14 +75,17 @@ class Pipeline(nn.Module):
         *,
         mesh: Mesh,
         example: Mapping[str, Tensor],
-        bounds: Sequence[int] | None = None,
+        stages: Sequence[Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
         plan = mesh.plan
         self.mesh, self.index, self.num_ranks = mesh, mesh.index("pp"), plan.pp
         self.num_stages = plan.pp * plan.virtual_stages
         flow = trace_flow(model, example)
-        self.bounds = list(bounds) if bounds is not None else balance(_costs(model, flow), self.num_stages)
+        if stages is None:
+            self.bounds = balance(_costs(model, flow), self.num_stages)
+        else:
+            self.bounds = [0, *accumulate(len(stage) for stage in stages)]
         self.flow = flow
         self.crossing = [flow.crossing(bound) for bound in self.bounds]
         self._skeleton = (_skeleton(model),)  # in a tuple: it is no part of this module
@@ -102,7 +107,7 @@ class Pipeline(nn.Module):
         for name in sorted(holders):  # every rank makes every group, in one order
             where = tuple(sorted(holders[name]))
             if len(where) > 1 and where not in groups:
-                groups[where] = self.mesh.part_of_pipeline(where)
+                groups[where] = self.mesh.part("pp", where)
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and names[id(parameter)] not in held:
@@ -179,11 +184,6 @@ class Pipeline(nn.Module):
         finally:
             self._running = stage, {}, {}
         return [result.loss]
-
-    def groups_beside_axes(self) -> list[dist.ProcessGroup]:
-        """The groups that are no axis of the plan but part of its pipeline axis."""
-        back = [self.mesh.back_group] if self.mesh.back_group is not None else []
-        return [*back, *{id(group): group for _, group in self.shared}.values()]
 
     # -- the schedule
 
@@ -376,8 +376,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
 def check_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """The layers of each stage; raises PlanError where the model has too few, or the schedule cannot be."""
     flow = trace_flow(model, example)
-    num_stages = plan.pp * plan.virtual_stages
-    bounds = balance(_costs(model, flow), num_stages)
+    bounds = balance(_costs(model, flow), plan.pp * plan.virtual_stages)
     play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
     return [flow.layers[begin:end] for begin, end in pairwise(bounds)]
 

@@ -31,28 +31,38 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     return None
 
 
-Style = Callable[[nn.Module, LinearShape, int, dist.ProcessGroup, int, int], nn.Module]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which part of a layer a rank takes: of `num_blocks` blocks part `index` of `degree`, shared by `num_copies`."""
+
+    num_blocks: int
+    num_copies: int
+    group: dist.ProcessGroup
+    index: int
+    degree: int
 
 
-def _column(
-    module: Any, shape: LinearShape, num_blocks: int, group: dist.ProcessGroup, index: int, degree: int
-) -> nn.Module:
-    weight_shard = Shard(dim=1 if shape.input_major else 0, num_blocks=num_blocks)
-    bias_shard = Shard(dim=0, num_blocks=num_blocks)
+Style = Callable[[nn.Module, LinearShape, Part], nn.Module]
+
+
+def _column(module: Any, shape: LinearShape, part: Part) -> nn.Module:
+    index, degree = part.index, part.degree
+    weight_shard = Shard(dim=1 if shape.input_major else 0, num_blocks=part.num_blocks, num_copies=part.num_copies)
+    bias_shard = Shard(dim=0, num_blocks=part.num_blocks, num_copies=part.num_copies)
     bias = None if module.bias is None else bias_shard.take(module.bias.detach(), index, degree)
-    cut = ColumnParallelLinear(weight_shard.take(module.weight.detach(), index, degree), bias, group, shape.input_major)
+    weight = weight_shard.take(module.weight.detach(), index, degree)
+    cut = ColumnParallelLinear(weight, bias, part.group, shape.input_major)
     _mark(cut.weight, weight_shard)
     if cut.bias is not None:
         _mark(cut.bias, bias_shard)
     return cut
 
 
-def _row(
-    module: Any, shape: LinearShape, num_blocks: int, group: dist.ProcessGroup, index: int, degree: int
-) -> nn.Module:
-    shard = Shard(dim=0 if shape.input_major else 1, num_blocks=num_blocks)
+def _row(module: Any, shape: LinearShape, part: Part) -> nn.Module:
+    shard = Shard(dim=0 if shape.input_major else 1, num_blocks=part.num_blocks)
     bias = None if module.bias is None else module.bias.detach().clone()
-    cut = RowParallelLinear(shard.take(module.weight.detach(), index, degree), bias, group, shape.input_major)
+    weight = shard.take(module.weight.detach(), part.index, part.degree)
+    cut = RowParallelLinear(weight, bias, part.group, shape.input_major)
     _mark(cut.weight, shard)
     return cut
 
@@ -61,16 +71,14 @@ def _mark(parameter: nn.Parameter, shard: Shard) -> None:
     parameter.tensor_shard = shard  # type: ignore[attr-defined]
 
 
-def cut_linear(
-    style: str, module: Any, *, num_blocks: int, group: dist.ProcessGroup, index: int, degree: int
-) -> nn.Module:
+def cut_linear(style: str, module: Any, part: Part) -> nn.Module:
     """This rank's part of a linear layer, in a style of `STYLES`; what was frozen stays frozen."""
     shape = linear_shape(module)
     assert shape is not None, module
-    part = STYLES[style](module, shape, num_blocks, group, index, degree)
-    for name, parameter in part.named_parameters():
+    cut = STYLES[style](module, shape, part)
+    for name, parameter in cut.named_parameters():
         parameter.requires_grad_(getattr(module, name).requires_grad)
-    return part
+    return cut
 
 
 STYLES: dict[str, Style] = {"column": _column, "row": _row}

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshloom.chakra.build import TraceBuilder, group_id
@@ -88,7 +87,7 @@ def _one_rank(
             # The learning rate is no matter here: nothing is computed.
             optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1)
             model = data_parallel(model, mesh)
-            watcher = StepWatcher(builder, _groups(mesh, model), paths)
+            watcher = StepWatcher(builder, _groups(mesh), paths)
             # The first step makes the optimizer's states and learns the order of the gradients; all others
             # are like the second.
             for context in (nullcontext(), watcher.watching()):
@@ -101,12 +100,14 @@ def _one_rank(
     return builder.finish()
 
 
-def _groups(mesh: Mesh, model: nn.Module) -> dict[str, Group]:
+def _groups(mesh: Mesh) -> dict[str, Group]:
     groups: dict[str, Group] = {
         group.group_name: Group(mesh.plan.group(axis, mesh.rank), axis) for axis, group in mesh.groups.items()
     }
-    for group in model.groups_beside_axes() if isinstance(model, Pipeline) else []:
-        groups[group.group_name] = Group(tuple(dist.get_process_group_ranks(group)), "pp")
+    parts = [(axis, group) for (axis, _), group in mesh.parts.items()]
+    for axis, part in [*parts, ("pp", mesh.back_group)]:
+        if part is not None:
+            groups[part.group_name] = Group(tuple(dist.get_process_group_ranks(part)), axis)
     return groups
 
 
