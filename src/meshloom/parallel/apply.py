@@ -147,7 +147,11 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
                     parameter.register_hook(partial(sum_over, group=_sharers(mesh, num_copies)))
                 setattr(part, name, made.setdefault(key, parameter))
             parts[whole] = part
-    for module in list(model.modules()):  # a layer may stand in several places
+    by_whole = {whole: parameter for (whole, _, _), parameter in made.items()}
+    for module in list(model.modules()):  # a layer may stand in several places, and so may its parameter
+        for name, held in module._parameters.items():
+            if id(held) in by_whole and module not in parts:
+                module._parameters[name] = by_whole[id(held)]
         for name, child in module._modules.items():
             if child in parts:
                 module._modules[name] = parts[child]
