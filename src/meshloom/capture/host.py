@@ -16,6 +16,7 @@ _WANTED = frozenset(("rf_id", "tid", "seq_id", "op_schema"))
 _ROOTS = ("[pytorch|", "## process_group")  # nodes that stand for a process, a thread, or facts, not for something run
 
 
+_INTS = frozenset((int,))
 UNKNOWN = -1  # the storage of a tensor of which a file tells the shape only
 
 
@@ -182,12 +183,11 @@ def _refs(value: Any, shape: Any, strides: Any, types: str) -> Iterator[TensorRe
 
 def _ref(value: list[Any], shape: Any, strides: Any, dtype: str) -> TensorRef:
     _, storage, offset, num_elements, itemsize, _ = value
-    dims = tuple(shape) if isinstance(shape, list) and all(isinstance(dim, int) for dim in shape) else (num_elements,)
+    dims = tuple(shape) if type(shape) is list and _INTS.issuperset(map(type, shape)) else (num_elements,)
     extent = num_elements
     if strides and len(strides) == len(dims) and num_elements:
-        extent = 1
-        for dim, stride in zip(dims, strides):
-            extent += (dim - 1) * stride
+        # the last element's place, and one: 1 + the sum of (dim - 1) · stride
+        extent = 1 + sum(map(operator.mul, dims, strides)) - sum(strides)
     begin = offset * itemsize
     return TensorRef(operator.index(storage), begin, begin + extent * itemsize, dims, itemsize, dtype_named(dtype))
 
