@@ -11,7 +11,8 @@ from typing import Any
 
 import networkx as nx
 
-from meshloom.chakra.trace import CommType, Node, NodeType, Trace
+from meshloom.chakra.summary import comm_kind, summarize
+from meshloom.chakra.trace import Node, NodeType, Trace
 
 _COLUMNS = (
     "forward",
@@ -71,9 +72,7 @@ def _facts(node: Node, depth: int) -> dict[str, Any]:
     column, module = _key(node, depth)
     label = module or "outside all modules"
     if node.is_comm:
-        kind = node.get("comm_type")
-        label = CommType(kind).name.lower() if kind is not None else node.type.name.lower().removeprefix("comm_")
-        label += f" ({node.get('comm_axis')})" if node.get("comm_axis") else ""
+        label = comm_kind(node) + (f" ({node.get('comm_axis')})" if node.get("comm_axis") else "")
     return {
         "label": label,
         "column": column,
@@ -175,9 +174,8 @@ def _si(value: float, unit: str) -> str:
 def summary(trace: Trace) -> dict[str, dict[str, int]]:
     """Collectives and messages of a trace by name and axis -> count and bytes."""
     table: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
-    for node in trace.nodes:
-        if node.is_comm:
-            label = _facts(node, 1)["label"]
-            table[label]["count"] += 1
-            table[label]["bytes"] += int(node.get("comm_size", 0))
+    for item in summarize(trace.nodes).traffic:
+        row = table[f"{item.kind} ({item.axis})" if item.axis else item.kind]
+        row["count"] += item.count
+        row["bytes"] += item.count * item.num_bytes
     return dict(table)
