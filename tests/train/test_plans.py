@@ -1,5 +1,5 @@
-"""The same run on other plans: the losses of every step stay those of one rank, so gradients, clipping and the optimizer
-do the same."""
+"""The same run on other plans: the losses of every step stay those of one rank, so gradients, clipping and the
+optimizer do the same."""
 
 from __future__ import annotations
 
