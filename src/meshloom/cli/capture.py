@@ -76,8 +76,10 @@ def command(where: tuple[str, ...], out: str | None, rank: int | None, as_json: 
     else:
         _tell(done)
     failed = any(item.error for item in done)
-    if failed or where[0] in ("link", "convert"):
-        return 1 if failed else 0
+    if where[0] in ("link", "convert"):
+        return 2 if failed else 0
+    if failed:  # of one rank: the others' traces are there
+        return 1
     findings = check(read_all(jobs[0].out.parent))
     for finding in findings if not as_json else []:
         click.echo(str(finding))
