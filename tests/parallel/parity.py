@@ -17,8 +17,8 @@ from meshloom.model.build import build_model
 from meshloom.model.config import objective_of
 from meshloom.parallel.apply import clip_gradients, parallelize
 from meshloom.parallel.launch import rank_context, run_ranks
-from meshloom.parallel.linear import shard_of
 from meshloom.parallel.mesh import make_mesh
+from meshloom.parallel.shard import shard_of
 from meshloom.plan import Plan
 
 SMALL = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4}

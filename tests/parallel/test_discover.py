@@ -12,7 +12,7 @@ from meshloom.model.build import build_model
 from meshloom.model.config import load_config
 from meshloom.parallel.apply import check_plan, explain
 from meshloom.parallel.discover import Discovery, discover
-from meshloom.parallel.linear import Shard
+from meshloom.parallel.shard import Shard
 from meshloom.plan import Plan
 
 
@@ -111,9 +111,22 @@ def test_a_plan_that_the_model_cannot_take(plan: str, named: str) -> None:
         check_plan(model, Plan.parse(plan), {"input_ids": torch.zeros(1, 8, dtype=torch.long, device="meta")})
 
 
-@pytest.mark.parametrize("shard", [Shard(dim=0), Shard(dim=1), Shard(dim=0, num_blocks=3), Shard(dim=1, num_blocks=3)])
-def test_join_is_the_inverse_of_take(shard: Shard) -> None:
+@pytest.mark.parametrize(
+    ("shard", "degree"),
+    [
+        (Shard(dim=0), 2),
+        (Shard(dim=1), 2),
+        (Shard(dim=0, num_blocks=3), 2),
+        (Shard(dim=1, num_blocks=3), 2),
+        (Shard(dim=0), 5),
+        (Shard(dim=0, num_copies=2), 4),
+        (Shard(dim=0, num_blocks=2, unit=4), 2),
+    ],
+)
+def test_join_is_the_inverse_of_take(shard: Shard, degree: int) -> None:
     whole = torch.arange(24 * 12.0).view(24, 12)
-    parts = [shard.take(whole, index, 2) for index in range(2)]
+    parts = [shard.take(whole, index, degree) for index in range(degree)]
     assert torch.equal(shard.join(parts), whole)
-    assert all(part.numel() == whole.numel() // 2 for part in parts)
+    sizes = [part.size(shard.dim) for part in parts]
+    assert max(sizes) - min(sizes) <= shard.unit * shard.num_blocks
+    assert [tuple(part.shape) for part in parts] == [shard.shape(whole.shape, index, degree) for index in range(degree)]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from meshloom.errors import PlanError
 from meshloom.parallel.discover import Discovery, Pair, discover
 from meshloom.parallel.fake import trouble_of_part
-from meshloom.parallel.linear import shard_of
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, check_stages
+from meshloom.parallel.shard import shard_of
 from meshloom.parallel.styles import Part, cut_linear
 from meshloom.plan import Plan
 

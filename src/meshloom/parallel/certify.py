@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.parallel.data import synced_gradients
-from meshloom.parallel.linear import shard_of
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
+from meshloom.parallel.shard import shard_of
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 _SMALL = 1e-2  # a gradient that is 0 but for rounding, as a key's bias has, is held against this share of the largest

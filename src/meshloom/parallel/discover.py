@@ -8,19 +8,18 @@ cut dim, an op without a rule) the layers stay whole on each rank, and `Discover
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from meshloom.parallel.fake import Seen, run_fake
 from meshloom.parallel.styles import linear_shape
+from meshloom.parallel.trail import RULES, Cut, Trail, Whole, pointwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,22 +43,6 @@ class Pair:
         return degree // units if units < degree and degree % units == 0 else 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """The dim of a tensor that a cut of the `sources` would divide, and how many units it has there."""
-
-    sources: frozenset[str]
-    dim: int
-    num_units: int
-
-
-class _Whole(NamedTuple):
-    """A tensor that is whole on every rank: of which parameters alone it was made, or that it is an activation."""
-
-    parameters: frozenset[str]
-    is_activation: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Discovery:
     """What can be cut, and each linear layer that stays whole with the reason."""
@@ -67,7 +50,7 @@ class Discovery:
     pairs: tuple[Pair, ...]
     kept: Mapping[str, str]
     partial: tuple[str, ...] = ()  # whole parameters that meet a rank's part only: their gradients must be summed
-    seen: tuple[tuple[str, tuple[int, ...] | None, _Cut | None], ...] = ()
+    seen: tuple[tuple[str, tuple[int, ...] | None, Cut | None], ...] = ()
 
     def shapes(self, degree: int) -> list[Seen]:
         """What the forward must do on one of `degree` parts: the same, with each cut dim divided.
@@ -92,74 +75,13 @@ class Discovery:
         ]
 
 
-@dataclass(slots=True)
-class _Trail:
-    """Everything learnt while the forward runs."""
-
-    cuts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    width: dict[str, int] = field(default_factory=dict)  # source -> features of one block
-    num_blocks: dict[str, int] = field(default_factory=dict)
-    num_units: dict[str, int] = field(default_factory=dict)
-    own_units: dict[str, int] = field(default_factory=dict)  # before it meets others
-    lost: dict[str, str] = field(default_factory=dict)  # source -> why it cannot be cut
-    feeds: dict[str, set[str]] = field(default_factory=dict)  # consumer -> sources, in order of execution
-    inside: list[str] = field(default_factory=list)  # the linear layers that are running: their own ops are theirs
-    seen: list[tuple[str, tuple[int, ...] | None, _Cut | None]] = field(default_factory=list)
-    made_of: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> _Whole
-    uniform: dict[int, Any] = field(default_factory=dict)  # storages of constants that are the same everywhere
-    partial: dict[str, set[str]] = field(default_factory=dict)  # parameter -> sources whose cut it meets
-
-    def told(self, name: str, fake: Tensor) -> None:
-        """Note the fake tensor that stands for a parameter."""
-        self.made_of[fake] = _Whole(frozenset((name,)), False)
-
-    def meet(self, op: str, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Note what an op makes of parameters, and what whole tensors it brings together with a cut one.
-
-        Each rank sees a part of what such a tensor meets, so its gradient there is a part too. Those of a parameter can
-        be summed; those of an activation would go on into the rest of the model.
-        """
-        known = [(tensor, self.made_of[tensor]) for tensor in tensors if tensor in self.made_of]
-        sources = {source for tensor in tensors if tensor in self.cuts for source in self.cuts[tensor].sources}
-        for tensor, made in known if sources else []:
-            if tensor in self.cuts:
-                continue
-            if made.is_activation:
-                self.lose(sources, f"{op} brings it together with an activation that is whole on every rank")
-            for name in made.parameters:
-                self.partial.setdefault(name, set()).update(sources)
-        if known:
-            parameters = frozenset().union(*(made.parameters for _, made in known))
-            is_activation = op == "embedding" or any(made.is_activation for _, made in known)
-            for result in results:
-                self.made_of[result] = _Whole(frozenset() if is_activation else parameters, is_activation)
-
-    def note_uniform(self, func: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Note constants that are the same everywhere: the forward makes a rank's as large as it needs them."""
-        storages = [tensor.untyped_storage() for tensor in (*tensors, *results)]
-        if func._schema.is_mutable:  # perhaps only in some places
-            for storage in storages:
-                self.uniform.pop(storage._cdata, None)
-        elif all(self.is_uniform(tensor) for tensor in tensors) and (tensors or func.overloadpacket.__name__ in _FILLS):
-            self.uniform.update((storage._cdata, storage) for storage in storages)
-
-    def is_uniform(self, tensor: Tensor) -> bool:
-        """Whether it is a constant that is the same everywhere."""
-        return tensor.untyped_storage()._cdata in self.uniform
-
-    def lose(self, sources: Iterable[str], why: str) -> None:
-        """Note why the sources cannot be cut; the first reason stays."""
-        for source in sources:
-            self.lost.setdefault(source, why)
-
-
 def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Discovery:
     """How `model` can be cut; `example` is a batch of one sequence (B=1), real, meta or fake. The model is unchanged.
 
     Batch 1, so that a dim that merges batch and heads, as in (B·H, S, D), is seen to begin with heads.
     """
     linears = {path: module for path, module in model.named_modules() if linear_shape(module) is not None}
-    trail = _Trail()
+    trail = Trail()
     handles = []
     for path, module in linears.items():
         handles.append(module.register_forward_pre_hook(_arrive(trail, path)))
@@ -193,7 +115,7 @@ def _tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tuple[
             yield path, f"it shares a parameter with {tied[0]}"
 
 
-def _arrive(trail: _Trail, path: str) -> Callable[..., None]:
+def _arrive(trail: Trail, path: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         cut = trail.cuts.get(args[0])
         trail.inside.append(path)
@@ -207,7 +129,7 @@ def _arrive(trail: _Trail, path: str) -> Callable[..., None]:
     return hook
 
 
-def _depart(trail: _Trail, path: str) -> Callable[..., None]:
+def _depart(trail: Trail, path: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         trail.inside.pop()
         shape = linear_shape(module)
@@ -219,8 +141,8 @@ def _depart(trail: _Trail, path: str) -> Callable[..., None]:
         trail.num_blocks.setdefault(path, 1)
         trail.num_units[path] = min(width, trail.num_units.get(path, width))
         trail.own_units[path] = min(width, trail.own_units.get(path, width))
-        trail.cuts[output] = _Cut(frozenset((path,)), output.dim() - 1, width)
-        trail.made_of[output] = _Whole(frozenset(), True)
+        trail.cuts[output] = Cut(frozenset((path,)), output.dim() - 1, width)
+        trail.made_of[output] = Whole(frozenset(), True)
 
     return hook
 
@@ -228,7 +150,7 @@ def _depart(trail: _Trail, path: str) -> Callable[..., None]:
 class _Follow(TorchDispatchMode):
     """Carries each tensor's cut through every op."""
 
-    def __init__(self, trail: _Trail) -> None:
+    def __init__(self, trail: Trail) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trail = trail
 
@@ -257,9 +179,9 @@ class _Follow(TorchDispatchMode):
     def _carry(self, func: Any, args: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Hand the cut on to the results, or note that the trail is lost here."""
         cuts, name = self.trail.cuts, func.overloadpacket.__name__
-        rule = _RULES.get(name)
+        rule = RULES.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
-            rule = _pointwise
+            rule = pointwise
         after = rule(self.trail, args, tensors, results) if rule is not None else None
         if after is None:
             given = [cuts[tensor] for tensor in tensors if tensor in cuts]
@@ -274,176 +196,12 @@ class _Follow(TorchDispatchMode):
                         self.trail.own_units[source] = min(self.trail.own_units[source], cut.num_units)
 
 
-Rule = Callable[[_Trail, tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]], "list[_Cut | None] | None"]
-
-
-def _pointwise(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
-    """Every tensor must be cut in the same place, or have a single element there; softmax and reductions likewise."""
-    given = [(tensor, trail.cuts[tensor]) for tensor in tensors if tensor in trail.cuts]
-    from_right = {tensor.dim() - cut.dim for tensor, cut in given}
-    if len(from_right) != 1 or len({tensor.size(cut.dim) for tensor, cut in given}) != 1:
-        return None
-    place = from_right.pop()
-    whole = [tensor for tensor in tensors if tensor not in trail.cuts and not trail.is_uniform(tensor)]
-    if any(tensor.dim() >= place and tensor.size(-place) != 1 for tensor in whole):
-        return None
-    sources = frozenset().union(*(cut.sources for _, cut in given))
-    num_units = min(cut.num_units for _, cut in given)
-    return [_Cut(sources, result.dim() - place, num_units) if result.dim() >= place else None for result in results]
-
-
-def _reshape(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
-    """The cut dim must be outermost among those it is merged with; a split hands the cut to the outermost part."""
-    cut, before, after = trail.cuts[tensors[0]], tensors[0].shape, results[0].shape
-    for old, new in _matching_dims(before, after):
-        if cut.dim not in old:
-            continue
-        if any(before[dim] != 1 for dim in old if dim < cut.dim):
-            return None
-        where = next((dim for dim in new if after[dim] != 1), None)
-        if where is None:
-            return None
-        return [_Cut(cut.sources, where, min(cut.num_units, after[where]))]
-    return None
-
-
-def _matching_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dims of `before` and `after` that hold the same elements."""
-    runs: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        old, new = [i] if i < len(before) else [], [j] if j < len(after) else []
-        i, j = i + 1, j + 1
-        while prod(before[dim] for dim in old) != prod(after[dim] for dim in new):
-            if prod(before[dim] for dim in old) < prod(after[dim] for dim in new) and i < len(before):
-                old.append(i)
-                i += 1
-            elif j < len(after):
-                new.append(j)
-                j += 1
-            else:
-                return []
-        runs.append((old, new))
-    return runs
-
-
-def _permute(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
-    cut, num_dims = trail.cuts[tensors[0]], tensors[0].dim()
-    if len(args) == 1:  # t
-        order = list(reversed(range(num_dims)))
-    elif isinstance(args[1], (list, tuple)):  # permute
-        order = [dim % num_dims for dim in args[1]]
-    else:  # transpose
-        order = list(range(num_dims))
-        a, b = args[1] % num_dims, args[2] % num_dims
-        order[a], order[b] = order[b], order[a]
-    return [_Cut(cut.sources, order.index(cut.dim), cut.num_units)]
-
-
-def _split(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
-    """Equal parts of a fused output are its blocks; a split of any other dim changes nothing."""
-    cut = trail.cuts[tensors[0]]
-    whole, parts = tensors[0].size(cut.dim), [result.size(cut.dim) for result in results]
-    if parts == [whole] * len(parts):
-        return [cut] * len(parts)
-    if len(set(parts)) != 1 or any(trail.width[source] != whole for source in cut.sources):
-        return None
-    for source in cut.sources:
-        trail.num_blocks[source] = len(parts)
-        trail.width[source] = parts[0]
-    return [_Cut(cut.sources, cut.dim, parts[0])] * len(parts)
-
-
-def _same_place(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
-    """Ops that work on other dims only: the cut dim keeps its place and its size. Empty caches join nothing."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    cuts = {trail.cuts.get(tensor) for tensor in tensors}
-    if len({cut and (cut.dim, cut.num_units) for cut in cuts}) != 1:
-        return None
-    cut = trail.cuts[tensors[0]]
-    sources = frozenset().union(*(cut.sources for cut in cuts if cut is not None))
-    whole = tensors[0].size(cut.dim)
-    if any(result.dim() != tensors[0].dim() or result.size(cut.dim) != whole for result in results):
-        return None
-    return [_Cut(sources, cut.dim, cut.num_units)] * len(results)
-
-
-def _not_over(dim_arg: int) -> Rule:
-    """Softmax and the like: allowed over any dim but the cut one."""
-
-    def rule(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
-        cut, num_dims = trail.cuts[tensors[0]], tensors[0].dim()
-        dims = args[dim_arg] if len(args) > dim_arg else None
-        over = [dims] if isinstance(dims, int) else dims
-        if not over or cut.dim in [dim % num_dims for dim in over] or results[0].dim() != num_dims:
-            return None
-        return [cut]
-
-    return rule
-
-
-def _attention(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
-    """Query, key, value (B, H, S, D): all cut by heads, or not at all."""
-    given = [trail.cuts.get(tensor) for tensor in tensors[:3]]
-    cuts = [cut for cut in given if cut is not None and cut.dim == 1]
-    if len(cuts) != 3:
-        return None
-    sources = frozenset().union(*(cut.sources for cut in cuts))
-    num_units = min(cut.num_units for cut in cuts)
-    # the log-sum-exp beside the output is (B, H, S); seeds and offsets are not cut
-    heads = tensors[0].size(1)
-    return [_Cut(sources, 1, num_units) if x.dim() >= 3 and x.size(1) == heads else None for x in results]
-
-
-def _batched_product(trail: _Trail, args: Any, tensors: Any, results: Any) -> list[_Cut | None] | None:
-    """(H, S, K) x (H, K, T): cut by the batch dim on both sides."""
-    cuts = [trail.cuts.get(tensor) for tensor in tensors[-2:]]
-    both = [cut for cut in cuts if cut is not None and cut.dim == 0]
-    if len(both) != 2:
-        return None
-    return [_Cut(both[0].sources | both[1].sources, 0, min(cut.num_units for cut in both))]
-
-
 _OF_A_LINEAR = frozenset(
     ("t", "mm", "addmm", "bmm", "view", "_unsafe_view", "reshape", "transpose", "permute", "expand", "add", "linear")
 )
-_FILLS = frozenset(("zeros", "ones", "full"))
-_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "_reshape_alias"), _reshape),
-    **dict.fromkeys(("t", "transpose", "permute"), _permute),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
-    **dict.fromkeys(
-        (
-            "clone",
-            "contiguous",
-            "_to_copy",
-            "detach",
-            "alias",
-            "native_dropout",
-            "slice",
-            "expand",
-            "cat",
-            "copy_",
-            "lift_fresh",
-        ),
-        _same_place,
-    ),
-    **dict.fromkeys(("_softmax", "_log_softmax", "mean", "sum", "_safe_softmax"), _not_over(1)),
-    **dict.fromkeys(
-        (
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
-            "_scaled_dot_product_attention_math",
-        ),
-        _attention,
-    ),
-    **dict.fromkeys(("bmm", "baddbmm"), _batched_product),
-}
 
 
-def _pair(trail: _Trail, linears: Mapping[str, nn.Module]) -> Discovery:
+def _pair(trail: Trail, linears: Mapping[str, nn.Module]) -> Discovery:
     """Columns and rows that serve each other, in order of execution: what is a row already cannot be a column."""
     lost = dict(trail.lost)
     rows: dict[str, set[str]] = {}

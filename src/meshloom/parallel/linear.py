@@ -7,8 +7,6 @@ meta and fake tensors. Knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,36 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _functional = torch.ops._c10d_functional
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """How a parameter is cut: along `dim`, each of its `num_blocks` equal blocks by itself.
-
-    A fused query-key-value weight has three blocks: each rank holds its part of all three. Where there are fewer heads
-    than ranks, `num_copies` neighbours hold the same part.
-    """
-
-    dim: int
-    num_blocks: int = 1
-    num_copies: int = 1
-
-    def take(self, tensor: Tensor, index: int, degree: int) -> Tensor:
-        """Part `index` of `degree` equal parts, in memory of its own."""
-        degree, index = degree // self.num_copies, index // self.num_copies
-        parts: Tensor = tensor.unflatten(self.dim, (self.num_blocks, degree, -1)).select(self.dim + 1, index)
-        return parts.flatten(self.dim, self.dim + 1).contiguous()
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The whole of all parts, in the order of their ranks. The inverse of `take`."""
-        parts = parts[:: self.num_copies]
-        blocks = torch.stack([part.unflatten(self.dim, (self.num_blocks, -1)) for part in parts], dim=self.dim + 1)
-        return blocks.flatten(self.dim, self.dim + 2)
-
-
-def shard_of(parameter: Tensor) -> Shard | None:
-    """How a parameter was cut, or None if every rank of the tensor-parallel group holds all of it."""
-    return getattr(parameter, "tensor_shard", None)
 
 
 class _EnterRegion(torch.autograd.Function):

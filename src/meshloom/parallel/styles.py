@@ -9,7 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meshloom.parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard
+from meshloom.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from meshloom.parallel.shard import Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

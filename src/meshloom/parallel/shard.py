@@ -1,0 +1,56 @@
+"""How a parameter is cut over a tensor-parallel group: which index ranges of the whole a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """How a parameter is cut: along `dim`, each of its `num_blocks` equal blocks by itself.
+
+    A fused query-key-value weight has three blocks: each rank holds its part of all three. Where there are fewer heads
+    than ranks, `num_copies` neighbours hold the same part. A unit of `unit` entries, such as a head, is never divided;
+    where the degree does not divide the units, the first ranks hold one more.
+    """
+
+    dim: int
+    num_blocks: int = 1
+    num_copies: int = 1
+    unit: int = 1
+
+    def ranges(self, size: int, index: int, degree: int) -> list[tuple[int, int]]:
+        """The ranges (begin, end) of a dim of `size` entries that part `index` of `degree` holds, one a block."""
+        degree, index = degree // self.num_copies, index // self.num_copies
+        block = size // self.num_blocks
+        each, more = divmod(block // self.unit, degree)
+        begin = (index * each + min(index, more)) * self.unit
+        end = begin + (each + (index < more)) * self.unit
+        return [(number * block + begin, number * block + end) for number in range(self.num_blocks)]
+
+    def shape(self, shape: Sequence[int], index: int, degree: int) -> tuple[int, ...]:
+        """The shape of part `index` of `degree` of a whole of `shape`."""
+        held = sum(end - begin for begin, end in self.ranges(shape[self.dim], index, degree))
+        return (*shape[: self.dim], held, *shape[self.dim + 1 :])
+
+    def take(self, tensor: Tensor, index: int, degree: int) -> Tensor:
+        """Part `index` of `degree` of the whole, in memory of its own."""
+        ranges = self.ranges(tensor.size(self.dim), index, degree)
+        parts = [tensor.narrow(self.dim, begin, end - begin) for begin, end in ranges]
+        return (
+            torch.cat(parts, dim=self.dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+        )
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole of all parts, in the order of their ranks. The inverse of `take`."""
+        pieces = [part.chunk(self.num_blocks, dim=self.dim) for part in parts[:: self.num_copies]]
+        return torch.cat([piece for block in zip(*pieces, strict=True) for piece in block], dim=self.dim)
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """How a parameter was cut, or None if every rank of the tensor-parallel group holds all of it."""
+    return getattr(parameter, "tensor_shard", None)
