@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from meshloom.errors import PlanError
 from meshloom.parallel.discover import Discovery, Pair, discover
 from meshloom.parallel.fake import trouble_of_part
+from meshloom.parallel.linear import ColumnParallelLinear, Entrance
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, check_stages
 from meshloom.parallel.shard import shard_of
@@ -135,6 +136,7 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
     made: dict[tuple[int, str, int], nn.Parameter] = {}  # layers that were tied stay tied
     for pair in pairs:
         styles = {**dict.fromkeys(pair.columns, "column"), **dict.fromkeys(pair.rows, "row")}
+        entrance = Entrance(group)
         for path, style in styles.items():
             whole = model.get_submodule(path)
             num_blocks = pair.columns.get(path, 1)
@@ -146,6 +148,8 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
                 if key not in made and num_copies > 1:
                     parameter.register_hook(partial(sum_over, group=_sharers(mesh, num_copies)))
                 setattr(part, name, made.setdefault(key, parameter))
+            if isinstance(part, ColumnParallelLinear):
+                part.entrance = entrance
             parts[whole] = part
     by_whole = {whole: parameter for (whole, _, _), parameter in made.items()}
     for module in list(model.modules()):  # a layer may stand in several places, and so may its parameter

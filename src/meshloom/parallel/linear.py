@@ -7,6 +7,7 @@ meta and fake tensors. Knows nothing of models.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -53,6 +54,32 @@ def enter_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
+class Entrance:
+    """Where a cut region begins: layers that get the same tensor enter with it once, so its gradient is summed once.
+
+    Query, key and value then cost one all-reduce in backward, not three.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (…, I), whole on every rank -> the same x, within the region."""
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        if torch.compiler.is_compiling():  # it merges equal calls itself
+            return enter_region(x, self.group)
+        if self._last is not None:
+            before, version, entered = self._last
+            known = entered()
+            if before() is x and version == x._version and known is not None:
+                return known
+        result = enter_region(x, self.group)
+        self._last = weakref.ref(x), x._version, weakref.ref(result)
+        return result
+
+
 def leave_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over `group` of each rank's part x; every rank goes on with the same tensor."""
     result: Tensor = _LeaveRegion.apply(x, group.group_name)  # type: ignore[no-untyped-call]
@@ -84,9 +111,13 @@ class CutLinear(nn.Module):
 class ColumnParallelLinear(CutLinear):
     """(…, I) -> (…, O/tp): this rank's output features; the input is the same on every rank."""
 
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, input_major: bool) -> None:
+        super().__init__(weight, bias, group, input_major)
+        self.entrance = Entrance(group)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) -> (…, O/tp)."""
-        return self._product(enter_region(x, self.group), self.bias)
+        return self._product(self.entrance(x), self.bias)
 
 
 class RowParallelLinear(CutLinear):
