@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no fault of what is tested.
+settings.register_profile("meshloom", deadline=None)
+settings.load_profile("meshloom")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -9,20 +9,27 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 from meshloom.model.build import build_model
 from meshloom.model.config import objective_of
 from meshloom.parallel.apply import clip_gradients, parallelize
+from meshloom.parallel.certify import InDouble
 from meshloom.parallel.launch import rank_context, run_ranks
 from meshloom.parallel.mesh import make_mesh
 from meshloom.parallel.shard import shard_of
 from meshloom.plan import Plan
 
 SMALL = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4}
-FAMILIES: dict[str, PretrainedConfig] = {
+FAMILIES: dict[str, PretrainedConfig | None] = {
     "gpt2": GPT2Config(vocab_size=101, n_layer=2, n_head=4, n_embd=32, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
     "bert": BertConfig(
         **SMALL, hidden_size=32, intermediate_size=64, attention_probs_dropout_prob=0, hidden_dropout_prob=0,
@@ -30,7 +37,42 @@ FAMILIES: dict[str, PretrainedConfig] = {
     ),
     "llama, fewer key-value heads": LlamaConfig(**SMALL, hidden_size=32, intermediate_size=48, num_key_value_heads=2),
     "opt": OPTConfig(**SMALL, hidden_size=32, ffn_dim=64, dropout=0, word_embed_proj_dim=32),
+    "plain": None,
 }  # fmt: skip
+
+
+class Plain(nn.Module):
+    """A model written by hand whose loss does what no rule keeps cut: it gets the logits whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.rows, self.head = nn.Embedding(101, 32, padding_idx=100), nn.Linear(32, 101)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        """Loss and logits."""
+        x = self.rows(input_ids)
+        logits = self.head(x + self.down(self.up(x).relu())) * 0.5
+        loss = None
+        if labels is not None:
+            flat = logits.view(-1, logits.size(-1))
+            smooth = functional.cross_entropy(flat, labels.view(-1), label_smoothing=0.1)
+            loss = smooth + flat[2:5].logsumexp(dim=-1).mean() + functional.cross_entropy(flat, labels.view(-1))
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the sizes of all dims of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {size for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) for size in leaf.shape}
+        return out
 
 
 def compare(out: str, spoil: bool) -> None:
@@ -39,17 +81,23 @@ def compare(out: str, spoil: bool) -> None:
         mesh = make_mesh(Plan(tp=2), device)
         found = {}
         for name, config in FAMILIES.items():
-            objective = objective_of(config)
-            serial = build_model(config, objective, seed=1).double()
-            cut = parallelize(build_model(config, objective, seed=1).double(), plan=mesh.plan, mesh=mesh)
+            serial, cut = (Plain() if config is None else build_model(config, objective_of(config), seed=1)
+                           for _ in range(2))  # fmt: skip
+            serial, cut = serial.double(), parallelize(cut.double(), plan=mesh.plan, mesh=mesh)
             if spoil:
                 for parameter in cut.parameters():
                     if shard_of(parameter) is not None:
                         parameter.data *= 1 + 0.1 * mesh.rank
             ids = torch.randint(101, (3, 9), generator=torch.Generator().manual_seed(2))
-            losses = [model(input_ids=ids, labels=ids).loss for model in (serial, cut)]
-            for loss in losses:
-                loss.backward()
+            with InDouble(), torch.no_grad():
+                logits = [model(input_ids=ids).logits for model in (serial, cut)]
+                logits.append(cut(input_ids=ids, labels=ids).logits.whole())
+            with InDouble():
+                losses = [serial(input_ids=ids, labels=ids).loss]
+                losses[0].backward()
+                with _Sizes() as sizes:
+                    losses.append(cut(input_ids=ids, labels=ids).loss)
+                    losses[1].backward()
             wholes = dict(serial.named_parameters())
             scale = max(float(p.grad.abs().max()) for p in wholes.values() if p.grad is not None)
             errors = {}
@@ -63,7 +111,9 @@ def compare(out: str, spoil: bool) -> None:
             torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
             norms = [float(clip_gradients(serial, 1e9, mesh)), float(clip_gradients(cut, 1e9, mesh))]
             num_cut = sum(shard_of(parameter) is not None for parameter in cut.parameters())
-            found[name] = {"losses": [float(loss) for loss in losses], "worst": float(worst), "norms": norms,
+            differ = max(float((other - logits[0]).abs().max()) for other in logits[1:])
+            found[name] = {"logits": differ, "saw_whole_vocabulary": 101 in sizes.seen,
+                           "losses": [float(loss) for loss in losses], "worst": float(worst), "norms": norms,
                            "num_cut": num_cut, "num_parameters": len(errors)}  # fmt: skip
         if mesh.rank == 0:
             Path(out).write_text(json.dumps(found))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("parity.py")
-FAMILIES = ("gpt2", "bert", "llama, fewer key-value heads", "opt")
+FAMILIES = ("gpt2", "bert", "llama, fewer key-value heads", "opt", "plain")
 
 
 def _run(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -35,7 +35,15 @@ def test_tensor_parallel_equals_serial(found: dict[str, Any], family: str) -> No
     assert abs(cut - serial) <= 1e-12 * serial
     assert told["worst"] <= 1e-11
     assert told["norms"][1] == pytest.approx(told["norms"][0], rel=1e-12)
-    assert told["num_cut"] >= 8, "two layers of attention and MLP are cut"
+    assert told["num_cut"] >= (8 if family != "plain" else 5), "two layers of attention and MLP are cut"
+    assert told["logits"] <= 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_rank_holds_all_logits(found: dict[str, Any], family: str) -> None:
+    """The vocabulary has 101 tokens, a number that nothing else has; two ranks hold 51 and 50 of them."""
+    gathers = family == "plain"  # for label smoothing
+    assert found[family]["saw_whole_vocabulary"] == gathers
 
 
 def test_the_comparison_sees_a_wrong_shard(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, takewhile
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 
 from meshloom.errors import PlanError
 from meshloom.parallel.discover import Discovery, Pair, discover
+from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
 from meshloom.parallel.fake import trouble_of_part
 from meshloom.parallel.linear import ColumnParallelLinear, Entrance
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, check_stages
-from meshloom.parallel.shard import shard_of
+from meshloom.parallel.shard import Shard, mark, shard_of
 from meshloom.parallel.styles import Part, cut_linear
+from meshloom.parallel.vocab import CutVocabulary
+from meshloom.parallel.vocab import Part as VocabularyPart
 from meshloom.plan import Plan
 
 _MOST_LEFT_OUT = 2  # numbers of a module that are equal to a count by chance; each more doubles the tries
@@ -47,10 +51,12 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
         if plan.tp == 1:
             return Discovery(pairs=(), kept={})
         found = discover(model, example)
+        taken = {path for pair in found.pairs for path in (*pair.columns, *pair.rows)}
+        found = replace(found, vocabulary=find_vocabulary(model, example, taken))
     except RuntimeError as error:  # of CannotFollow, or of a forward that fails on fake tensors
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {told}") from error
-    if not found.pairs:
+    if not found.pairs and not found.cuts_vocabulary:
         why = next(iter(found.kept.items()), ("the model", "it has no linear layer"))
         raise PlanError(f"plan {plan}: expected layers that can be cut, found none ({why[0]}: {why[1]}); use tp1")
     for pair in found.pairs:
@@ -79,6 +85,8 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
         model.get_parameter(name).register_hook(partial(sum_over, group=mesh.groups["tp"]))
     if found.pairs and trouble_of_part(model, example, found.shapes(plan.tp)):
         _fit_counts(model, found, example, plan)
+    if found.vocabulary is not None and found.cuts_vocabulary:
+        _cut_vocabulary(model, found.vocabulary, mesh)
     return Pipeline(model, mesh=mesh, example=example, stages=stages) if plan.pp > 1 else model
 
 
@@ -88,7 +96,21 @@ def explain(found: Discovery) -> list[Decision]:
     for pair in found.pairs:
         decisions += [Decision(module=path, style="column", reason=pair.reason) for path in pair.columns]
         decisions += [Decision(module=path, style="row", reason=pair.reason) for path in pair.rows]
-    return decisions + [Decision(module=path, style="whole", reason=why) for path, why in found.kept.items()]
+    kept = dict(found.kept)
+    if found.vocabulary is not None:
+        kept |= found.vocabulary.kept
+        for path in (*found.vocabulary.embeddings, *found.vocabulary.heads):
+            kept.pop(path, None)
+            decisions.append(Decision(module=path, style="vocabulary", reason=_why_rows(found.vocabulary, path)))
+    return decisions + [Decision(module=path, style="whole", reason=why) for path, why in kept.items()]
+
+
+def _why_rows(vocabulary: Vocabulary, path: str) -> str:
+    if path in vocabulary.embeddings:
+        return f"each of its {vocabulary.size} rows serves one token; the ranks' rows are summed"
+    if vocabulary.gathered_for:
+        return f"each of its {vocabulary.size} outputs serves one token; gathered for {vocabulary.gathered_for[0]}"
+    return f"each of its {vocabulary.size} outputs serves one token; they stay cut until the loss"
 
 
 def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
@@ -151,14 +173,51 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
             if isinstance(part, ColumnParallelLinear):
                 part.entrance = entrance
             parts[whole] = part
-    by_whole = {whole: parameter for (whole, _, _), parameter in made.items()}
-    for module in list(model.modules()):  # a layer may stand in several places, and so may its parameter
-        for name, held in module._parameters.items():
-            if id(held) in by_whole and module not in parts:
-                module._parameters[name] = by_whole[id(held)]
+    _replace(model, parts)
+    _retie(model, {whole: parameter for (whole, _, _), parameter in made.items()})
+
+
+def _cut_vocabulary(model: nn.Module, vocabulary: Vocabulary, mesh: Mesh) -> None:
+    degree, index, group = mesh.degree("tp"), mesh.index("tp"), mesh.groups["tp"]
+    rows = VocabularyPart(size=vocabulary.size, index=index, degree=degree, group=group)
+    embeddings: list[Any] = [model.get_submodule(path) for path in vocabulary.embeddings]
+    made = {}
+    for path in vocabulary.heads:
+        whole: Any = model.get_submodule(path)
+        part = Part(num_blocks=1, num_copies=1, group=group, index=index, degree=degree)
+        head = cut_linear("column", whole, part)
+        for name, parameter in head.named_parameters():
+            made[id(getattr(whole, name))] = parameter
+        _replace(model, {whole: head})
+    for embedding in embeddings:
+        if id(embedding.weight) not in made:
+            shard = Shard(dim=0)
+            parameter = nn.Parameter(shard.take(embedding.weight.detach(), index, degree))
+            parameter.requires_grad_(embedding.weight.requires_grad)
+            made[id(embedding.weight)] = mark(parameter, shard)
+        begin, end = rows.range
+        pad = embedding.padding_idx
+        embedding.padding_idx = pad - begin if pad is not None and begin <= pad < end else None
+        embedding.num_embeddings = end - begin
+    _retie(model, made)
+    heads = [model.get_submodule(path) for path in vocabulary.heads]
+    CutVocabulary(rows).install(model, embeddings, heads)
+
+
+def _replace(model: nn.Module, parts: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each part where its whole stands; a layer may stand in several places."""
+    for module in list(model.modules()):
         for name, child in module._modules.items():
-            if child in parts:
+            if child is not None and child in parts:
                 module._modules[name] = parts[child]
+
+
+def _retie(model: nn.Module, made: Mapping[int, nn.Parameter]) -> None:
+    """Put each cut parameter where its whole stands, `made` by the id of the whole; they may be tied."""
+    for module in list(model.modules()):
+        for name, held in module._parameters.items():
+            if id(held) in made:
+                module._parameters[name] = made[id(held)]
 
 
 def _sharers(mesh: Mesh, num_copies: int) -> dist.ProcessGroup:

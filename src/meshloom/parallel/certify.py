@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshloom.parallel.data import synced_gradients
 from meshloom.parallel.mesh import Mesh
@@ -34,6 +37,17 @@ class Certificate:
         return self.loss <= tolerance and self.gradient <= tolerance
 
 
+class InDouble(TorchDispatchMode):
+    """Within this, what is float64 stays so: transformers computes losses and norms in float32, whatever the model's
+    type, and two orders of summation then differ by 1e-7 although they are equal."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32 and args and getattr(args[0], "dtype", None) is torch.float64:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
 def backward_all(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Forward and backward of all micro-batches; returns their mean loss, gradients are left on the parameters."""
     if isinstance(model, Pipeline):
@@ -52,11 +66,15 @@ def certify(single: nn.Module, parallel: nn.Module, batches: Sequence[Mapping[st
 
     Both models hold the same weights; neither may have dropout. The worst of all ranks is returned on each.
     """
-    want = float(backward_all(single, [_copy(batch) for batch in batches]))
+    in_double = next(single.parameters()).dtype is torch.float64
+    within = InDouble() if in_double else nullcontext()  # type: ignore[no-untyped-call]
+    with within:
+        want = float(backward_all(single, [_copy(batch) for batch in batches]))
     degree, index = mesh.degree("dp"), mesh.index("dp")
     each = len(batches) // degree
     mine = [_copy(batch) for batch in batches[index * each : (index + 1) * each]]
-    loss = backward_all(parallel, mine).detach().double()
+    with within:
+        loss = backward_all(parallel, mine).detach().double()
     if "dp" in mesh.groups:
         dist.all_reduce(loss, group=mesh.groups["dp"])
         loss /= degree

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meshloom.parallel.embeddings import Vocabulary
 from meshloom.parallel.fake import Seen, run_fake
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import RULES, Cut, Trail, Whole, pointwise
@@ -51,6 +52,13 @@ class Discovery:
     kept: Mapping[str, str]
     partial: tuple[str, ...] = ()  # whole parameters that meet a rank's part only: their gradients must be summed
     seen: tuple[tuple[str, tuple[int, ...] | None, Cut | None], ...] = ()
+
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def cuts_vocabulary(self) -> bool:
+        """Whether an embedding or head is cut by rows of the vocabulary."""
+        return self.vocabulary is not None and bool(self.vocabulary.embeddings or self.vocabulary.heads)
 
     def shapes(self, degree: int) -> list[Seen]:
         """What the forward must do on one of `degree` parts: the same, with each cut dim divided.

@@ -28,7 +28,7 @@ class _EnterRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0], ctx.group_name), None
+        return all_reduce(grads[0], ctx.group_name), None
 
 
 class _LeaveRegion(torch.autograd.Function):
@@ -36,15 +36,16 @@ class _LeaveRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
-        return _all_reduce(x, group_name)
+        return all_reduce(x, group_name)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def _all_reduce(x: Tensor, group_name: str) -> Tensor:
-    result: Tensor = _functional.wait_tensor(_functional.all_reduce(x.contiguous(), "sum", group_name))
+def all_reduce(x: Tensor, group_name: str, reduction: str = "sum") -> Tensor:
+    """x reduced over the group, in new memory; no gradient passes."""
+    result: Tensor = _functional.wait_tensor(_functional.all_reduce(x.contiguous(), reduction, group_name))
     return result
 
 

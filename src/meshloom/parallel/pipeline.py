@@ -88,7 +88,9 @@ class Pipeline(nn.Module):
             self.bounds = [0, *accumulate(len(stage) for stage in stages)]
         self.flow = flow
         self.crossing = [flow.crossing(bound) for bound in self.bounds]
-        self._skeleton = (_skeleton(model),)  # in a tuple: it is no part of this module
+        self._skeleton = (
+            _skeleton(model, [*mesh.groups.values(), *mesh.parts.values()]),
+        )  # in a tuple: it is no part of this module
         self._known_shapes: dict[Any, Mapping[Output, Any]] = {}
         self._hollows: list[tuple[nn.Module, str]] = []
         self.shared = self._share(model)
@@ -394,15 +396,13 @@ def _hollow(parameter: Tensor) -> Tensor:
     return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
+def _skeleton(model: nn.Module, groups: Sequence[dist.ProcessGroup | None]) -> nn.Module:
     """A copy of the model whose parameters take no memory."""
     with _disable_current_modes():
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {id(group): group for group in groups}  # shared, not copied
         for module in model.modules():
             for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-                if isinstance(value, dist.ProcessGroup):  # shared, not copied
-                    memo[id(value)] = value
-                elif isinstance(value, Tensor):
+                if isinstance(value, Tensor):
                     empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
                     memo[id(value)] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty
         return copy.deepcopy(model, memo)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,3 +54,9 @@ class Shard:
 def shard_of(parameter: Tensor) -> Shard | None:
     """How a parameter was cut, or None if every rank of the tensor-parallel group holds all of it."""
     return getattr(parameter, "tensor_shard", None)
+
+
+def mark(parameter: nn.Parameter, shard: Shard) -> nn.Parameter:
+    """Note on the parameter how it was cut; returns it."""
+    parameter.tensor_shard = shard  # type: ignore[attr-defined]
+    return parameter

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from meshloom.parallel.shard import Shard
+from meshloom.parallel.shard import Shard, mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +53,9 @@ def _column(module: Any, shape: LinearShape, part: Part) -> nn.Module:
     bias = None if module.bias is None else bias_shard.take(module.bias.detach(), index, degree)
     weight = weight_shard.take(module.weight.detach(), index, degree)
     cut = ColumnParallelLinear(weight, bias, part.group, shape.input_major)
-    _mark(cut.weight, weight_shard)
+    mark(cut.weight, weight_shard)
     if cut.bias is not None:
-        _mark(cut.bias, bias_shard)
+        mark(cut.bias, bias_shard)
     return cut
 
 
@@ -64,12 +64,8 @@ def _row(module: Any, shape: LinearShape, part: Part) -> nn.Module:
     bias = None if module.bias is None else module.bias.detach().clone()
     weight = shard.take(module.weight.detach(), part.index, part.degree)
     cut = RowParallelLinear(weight, bias, part.group, shape.input_major)
-    _mark(cut.weight, shard)
+    mark(cut.weight, shard)
     return cut
-
-
-def _mark(parameter: nn.Parameter, shard: Shard) -> None:
-    parameter.tensor_shard = shard  # type: ignore[attr-defined]
 
 
 def cut_linear(style: str, module: Any, part: Part) -> nn.Module:
