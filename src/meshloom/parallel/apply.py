@@ -107,10 +107,11 @@ def explain(found: Discovery) -> list[Decision]:
 
 def _why_rows(vocabulary: Vocabulary, path: str) -> str:
     if path in vocabulary.embeddings:
-        return f"each of its {vocabulary.size} rows serves one token; the ranks' rows are summed"
+        return f"each of its {vocabulary.embeddings[path]} rows serves one token; the ranks' rows are summed"
+    served = f"each of its {vocabulary.heads[path]} outputs serves one token"
     if vocabulary.gathered_for:
-        return f"each of its {vocabulary.size} outputs serves one token; gathered for {vocabulary.gathered_for[0]}"
-    return f"each of its {vocabulary.size} outputs serves one token; they stay cut until the loss"
+        return f"{served}; gathered for {vocabulary.gathered_for[0]}"
+    return f"{served}; they stay cut until the loss"
 
 
 def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
@@ -179,8 +180,6 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
 
 def _cut_vocabulary(model: nn.Module, vocabulary: Vocabulary, mesh: Mesh) -> None:
     degree, index, group = mesh.degree("tp"), mesh.index("tp"), mesh.groups["tp"]
-    rows = VocabularyPart(size=vocabulary.size, index=index, degree=degree, group=group)
-    embeddings: list[Any] = [model.get_submodule(path) for path in vocabulary.embeddings]
     made = {}
     for path in vocabulary.heads:
         whole: Any = model.get_submodule(path)
@@ -189,19 +188,23 @@ def _cut_vocabulary(model: nn.Module, vocabulary: Vocabulary, mesh: Mesh) -> Non
         for name, parameter in head.named_parameters():
             made[id(getattr(whole, name))] = parameter
         _replace(model, {whole: head})
-    for embedding in embeddings:
+    for path, size in vocabulary.embeddings.items():
+        embedding: Any = model.get_submodule(path)
         if id(embedding.weight) not in made:
             shard = Shard(dim=0)
             parameter = nn.Parameter(shard.take(embedding.weight.detach(), index, degree))
             parameter.requires_grad_(embedding.weight.requires_grad)
             made[id(embedding.weight)] = mark(parameter, shard)
+        rows = VocabularyPart(size=size, index=index, degree=degree, group=group)
         begin, end = rows.range
         pad = embedding.padding_idx
         embedding.padding_idx = pad - begin if pad is not None and begin <= pad < end else None
         embedding.num_embeddings = end - begin
+        CutVocabulary(rows).install_embedding(embedding)
     _retie(model, made)
-    heads = [model.get_submodule(path) for path in vocabulary.heads]
-    CutVocabulary(rows).install(model, embeddings, heads)
+    for path, size in vocabulary.heads.items():
+        rows = VocabularyPart(size=size, index=index, degree=degree, group=group)
+        CutVocabulary(rows).install_head(model, model.get_submodule(path))
 
 
 def _replace(model: nn.Module, parts: Mapping[nn.Module, nn.Module]) -> None:

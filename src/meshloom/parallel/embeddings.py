@@ -22,11 +22,13 @@ from meshloom.parallel.vocab import CutVocabulary, Part
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Layers that are cut by rows of the vocabulary, by path; `size` rows. Why others stay whole: `kept`."""
+    """Layers that are cut by rows of the vocabulary: path -> number of rows. Why others stay whole: `kept`.
 
-    size: int
-    embeddings: tuple[str, ...]
-    heads: tuple[str, ...]
+    An embedding may have more rows than the head, for tokens that are only read.
+    """
+
+    embeddings: Mapping[str, int]
+    heads: Mapping[str, int]
     kept: Mapping[str, str]
     gathered_for: tuple[str, ...] = ()  # functions of the forward that get the logits whole
 
@@ -42,7 +44,6 @@ def find_vocabulary(model: nn.Module, example: Mapping[str, Tensor], taken: Coll
     if not weights:
         return None
     kept: dict[str, str] = {}
-    sizes = {int(weight.size(0)) for weight in weights}
     embeddings = [
         module
         for module in model.modules()
@@ -53,18 +54,15 @@ def find_vocabulary(model: nn.Module, example: Mapping[str, Tensor], taken: Coll
         why = _trouble(module, model, [*embeddings, *heads])
         if why or paths[id(module)] in taken:
             kept[paths[id(module)]] = why or "it is cut with other layers"
-    if head is not None and len(sizes) > 1:
-        kept[paths[id(head)]] = "it has another number of rows than the embedding"
     told, gathered_for = _follow(model, example, embeddings, heads, paths)
     kept = {**told, **kept}
     tied = head is not None and any(module.weight is head.weight for module in embeddings)
     if tied and kept:  # what shares its rows stays whole together
         why = next(iter(kept.values()))
-        return Vocabulary(size=min(sizes), embeddings=(), heads=(), kept={paths[id(head)]: why})
+        return Vocabulary(embeddings={}, heads={}, kept={paths[id(head)]: why})
     return Vocabulary(
-        size=min(sizes),
-        embeddings=tuple(path for module in embeddings if (path := paths[id(module)]) not in kept),
-        heads=tuple(path for module in heads if (path := paths[id(module)]) not in kept),
+        embeddings={path: module.weight.size(0) for module in embeddings if (path := paths[id(module)]) not in kept},
+        heads={path: module.weight.size(0) for module in heads if (path := paths[id(module)]) not in kept},
         kept=kept,
         gathered_for=gathered_for,
     )
@@ -112,9 +110,9 @@ def _follow(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """What a forward says against cutting the layers, by path; and which functions get the logits whole."""
     watch = _WatchRows({id(module.weight): paths[id(module)] for module in [*embeddings, *heads]})
-    size = next(int(module.weight.size(0)) for module in [*embeddings, *heads])
+    size = int(heads[0].weight.size(0)) if heads else 0
     dry = CutVocabulary(Part(size=size, index=0, degree=1, group=None))
-    handles = dry.install(model, [], heads)
+    handles = dry.install_head(model, heads[0]) if heads else []
     for module in [*embeddings, *heads]:
         handles.append(module.register_forward_pre_hook(watch.enter))
         handles.append(module.register_forward_hook(watch.leave))

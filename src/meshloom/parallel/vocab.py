@@ -248,42 +248,43 @@ class FollowLogits(TorchFunctionMode):
 
 
 class CutVocabulary:
-    """The hooks by which a model runs with a cut vocabulary: one object a model."""
+    """The hooks by which a model runs with a cut vocabulary: one object an embedding or head."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
         self.keep_cut = False  # logits that no loss was computed from are returned cut, too
         self.following: list[FollowLogits] = []
         self.gathered_for: list[str] = []  # in all forwards
-        self.outside: list[Tensor] = []
+        self.outside: Tensor | None = None  # which ids of the running call other ranks hold
 
-    def install(self, model: nn.Module, embeddings: list[nn.Module], heads: list[nn.Module]) -> list[Any]:
-        """Hook the layers, whose weights are cut already; returns the hooks' handles."""
-        handles: list[Any] = []
-        for embedding in embeddings:
-            handles.append(embedding.register_forward_pre_hook(self._before_embedding))
-            handles.append(embedding.register_forward_hook(self._after_embedding))
-        if heads:
-            handles.append(model.register_forward_pre_hook(self._before_model))
-            handles += [head.register_forward_hook(self._after_head) for head in heads]
-            handles.append(model.register_forward_hook(self._after_model, always_call=True))
-        return handles
+    def install_embedding(self, embedding: nn.Module) -> list[Any]:
+        """Hook an embedding whose rows are cut already; returns the hooks' handles."""
+        before = embedding.register_forward_pre_hook(self._before_embedding)
+        return [before, embedding.register_forward_hook(self._after_embedding)]
+
+    def install_head(self, model: nn.Module, head: nn.Module) -> list[Any]:
+        """Hook a head whose outputs are cut already, and the model that it stands in; returns the hooks' handles."""
+        return [
+            model.register_forward_pre_hook(self._before_model),
+            head.register_forward_hook(self._after_head),
+            model.register_forward_hook(self._after_model, always_call=True),
+        ]
 
     def _before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         begin, end = self.part.range
         outside = (args[0] < begin) | (args[0] >= end)
-        self.outside.append(outside)
+        self.outside = outside
         return ((args[0] - begin).masked_fill(outside, 0), *args[1:])
 
     def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        outside = self.outside.pop()
+        outside, self.outside = self.outside, None
+        assert outside is not None
         if module._parameters.get("weight") is None or self.part.group is None:
             return output  # a pipeline stage that does not use the embedding
         return leave_region(output.masked_fill(outside.unsqueeze(-1), 0), self.part.group)
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.following.append(FollowLogits(self.part))
-        self.outside.clear()
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not self.following:  # the head was called by itself
