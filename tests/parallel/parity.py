@@ -68,19 +68,24 @@ class _Sizes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[int] = set()
+        self.normed: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.seen |= {size for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) for size in leaf.shape}
+        if func.overloadpacket.__name__ in ("native_layer_norm", "rsqrt"):
+            self.normed |= {out[0].size(1)} if isinstance(out, tuple) else {out.size(1)}
         return out
 
 
-def compare(out: str, spoil: bool) -> None:
+def compare(out: str, plan: str, spoil: bool) -> None:
     """On each rank; rank 0 writes what both found."""
     with rank_context("cpu") as device:
-        mesh = make_mesh(Plan(tp=2), device)
+        mesh = make_mesh(Plan.parse(plan), device)
         found = {}
         for name, config in FAMILIES.items():
+            if config is None and mesh.plan.sequence_parallel:
+                continue  # it has no layers
             serial, cut = (Plain() if config is None else build_model(config, objective_of(config), seed=1)
                            for _ in range(2))  # fmt: skip
             serial, cut = serial.double(), parallelize(cut.double(), plan=mesh.plan, mesh=mesh)
@@ -88,7 +93,7 @@ def compare(out: str, spoil: bool) -> None:
                 for parameter in cut.parameters():
                     if shard_of(parameter) is not None:
                         parameter.data *= 1 + 0.1 * mesh.rank
-            ids = torch.randint(101, (3, 9), generator=torch.Generator().manual_seed(2))
+            ids = torch.randint(101, (3, 10), generator=torch.Generator().manual_seed(2))
             with InDouble(), torch.no_grad():
                 logits = [model(input_ids=ids).logits for model in (serial, cut)]
                 logits.append(cut(input_ids=ids, labels=ids).logits.whole())
@@ -113,6 +118,7 @@ def compare(out: str, spoil: bool) -> None:
             num_cut = sum(shard_of(parameter) is not None for parameter in cut.parameters())
             differ = max(float((other - logits[0]).abs().max()) for other in logits[1:])
             found[name] = {"logits": differ, "saw_whole_vocabulary": 101 in sizes.seen,
+                           "saw_part_of_sequence": 5 in sizes.normed,
                            "losses": [float(loss) for loss in losses], "worst": float(worst), "norms": norms,
                            "num_cut": num_cut, "num_parameters": len(errors)}  # fmt: skip
         if mesh.rank == 0:
@@ -120,4 +126,6 @@ def compare(out: str, spoil: bool) -> None:
 
 
 if __name__ == "__main__":
-    run_ranks(compare, sys.argv[1], "--spoil" in sys.argv, num_ranks=2, log_dir=Path(sys.argv[1]).parent / "logs")
+    run_ranks(
+        compare, sys.argv[1], sys.argv[2], "--spoil" in sys.argv, num_ranks=2, log_dir=Path(sys.argv[1]).parent / "logs"
+    )

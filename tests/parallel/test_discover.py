@@ -102,7 +102,7 @@ def _discover_meta(model: nn.Module) -> Discovery:
         ("tp5", "c_attn has 12 heads, which tp5 does not divide"),
         ("pp13", "expected at least 13 layers"),
         ("cp2", "context parallel"),
-        ("tp2.sp", "sequence parallel"),
+        ("sp", "sequence parallel needs tensor parallel"),
     ],
 )
 def test_a_plan_that_the_model_cannot_take(plan: str, named: str) -> None:

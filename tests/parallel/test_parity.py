@@ -14,9 +14,9 @@ SCRIPT = Path(__file__).with_name("parity.py")
 FAMILIES = ("gpt2", "bert", "llama, fewer key-value heads", "opt", "plain")
 
 
-def _run(folder: Path, *arguments: str) -> dict[str, Any]:
+def _run(folder: Path, plan: str, *arguments: str) -> dict[str, Any]:
     out = folder / "found.json"
-    command = [sys.executable, str(SCRIPT), str(out), *arguments]
+    command = [sys.executable, str(SCRIPT), str(out), plan, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found: dict[str, Any] = json.loads(out.read_text())
@@ -25,12 +25,27 @@ def _run(folder: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _run(tmp_path_factory.mktemp("parity"))
+    return _run(tmp_path_factory.mktemp("parity"), "tp2")
+
+
+@pytest.fixture(scope="module")
+def found_with_sequence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _run(tmp_path_factory.mktemp("parity"), "tp2.sp")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel_equals_serial(found: dict[str, Any], family: str) -> None:
-    told = found[family]
+    _equals_serial(found[family], family)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "plain"])
+def test_sequence_parallel_equals_serial(found_with_sequence: dict[str, Any], family: str) -> None:
+    told = found_with_sequence[family]
+    _equals_serial(told, family)
+    assert told["saw_part_of_sequence"], "norms and residuals see half of the ten tokens"
+
+
+def _equals_serial(told: dict[str, Any], family: str) -> None:
     serial, cut = told["losses"]
     assert abs(cut - serial) <= 1e-12 * serial
     assert told["worst"] <= 1e-11
@@ -47,5 +62,5 @@ def test_no_rank_holds_all_logits(found: dict[str, Any], family: str) -> None:
 
 
 def test_the_comparison_sees_a_wrong_shard(tmp_path: Path) -> None:
-    told = _run(tmp_path, "--spoil")
+    told = _run(tmp_path, "tp2", "--spoil")
     assert all(family["worst"] > 1e-4 for family in told.values())

@@ -24,7 +24,7 @@ def single(meshloom: Meshloom, tmp_path_factory: pytest.TempPathFactory) -> list
     return _losses(meshloom, tmp_path_factory.mktemp("single") / "run", "--plan", "dp1")
 
 
-@pytest.mark.parametrize("arguments", [["pp2"], ["pp2", "--schedule", "zero-bubble"], ["tp2.pp2"], ["tp2"]])
+@pytest.mark.parametrize("arguments", [["pp2"], ["pp2", "--schedule", "zero-bubble"], ["tp2.pp2"], ["tp2"], ["tp2.sp"]])
 def test_the_losses_are_those_of_one_rank(
     single: list[float], tmp_path: Path, meshloom: Meshloom, arguments: list[str]
 ) -> None:

@@ -13,12 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
+from meshloom.parallel.borders import border_modules
+from meshloom.parallel.borders import install as install_sequence
 from meshloom.parallel.discover import Discovery, Pair, discover
+from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
 from meshloom.parallel.fake import trouble_of_part
 from meshloom.parallel.linear import ColumnParallelLinear, Entrance
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, check_stages
+from meshloom.parallel.sequence import cut_sequence, sequence_example
 from meshloom.parallel.shard import Shard, mark, shard_of
 from meshloom.parallel.styles import Part, cut_linear
 from meshloom.parallel.vocab import CutVocabulary
@@ -41,8 +45,8 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
     """How the model is cut by `plan`; raises PlanError naming the module and number that the plan cannot take."""
     if plan.cp > 1:
         raise PlanError(f"plan {plan}: context parallel is not built yet; use cp1 and more dp or tp")
-    if plan.sequence_parallel:
-        raise PlanError(f"plan {plan}: sequence parallel is not built yet; leave out sp")
+    if plan.sequence_parallel and plan.tp == 1:
+        raise PlanError(f"plan {plan}: sequence parallel needs tensor parallel; write tp2.sp, or leave out sp")
     if plan.tp == plan.pp == 1:
         return Discovery(pairs=(), kept={})
     try:
@@ -67,6 +71,11 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
                     f"plan {plan}: {path} has {units} {what}, which tp{plan.tp} does not divide; "
                     f"use a divisor of {units}"
                 )
+    if plan.sequence_parallel:
+        if not found.pairs:
+            raise PlanError(f"plan {plan}: sequence parallel needs layers that tensor parallel cuts; leave out sp")
+        cut = cut_sequence(model, sequence_example(example, plan.tp), found.pairs)
+        found = replace(found, sequence=cut)
     return found
 
 
@@ -82,11 +91,15 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     if found.pairs:
         _cut(model, found.pairs, mesh)
     for name in found.partial:  # such as the norm of each head
-        model.get_parameter(name).register_hook(partial(sum_over, group=mesh.groups["tp"]))
+        model.get_parameter(name).register_hook(partial(sum_gradient, group=mesh.groups["tp"]))
     if found.pairs and trouble_of_part(model, example, found.shapes(plan.tp)):
         _fit_counts(model, found, example, plan)
+    if found.sequence is not None:
+        _install_sequence(model, found, example, plan, mesh)
     if found.vocabulary is not None and found.cuts_vocabulary:
         _cut_vocabulary(model, found.vocabulary, mesh)
+    if found.pairs and has_dropout(model):
+        _draw_apart(model, found, mesh)
     return Pipeline(model, mesh=mesh, example=example, stages=stages) if plan.pp > 1 else model
 
 
@@ -153,6 +166,14 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
+def sum_gradient(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of a parameter's gradient over the group, in memory that nothing else refers to.
+
+    A collective may hold on to its result for a moment; autograd would then copy the gradient, or not.
+    """
+    return sum_over(gradient, group).clone()
+
+
 def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
     degree, index, group = mesh.degree("tp"), mesh.index("tp"), mesh.groups["tp"]
     parts: dict[nn.Module, nn.Module] = {}
@@ -169,13 +190,35 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
             for name, parameter in list(part.named_parameters()):
                 key = id(getattr(whole, name)), style, num_blocks
                 if key not in made and num_copies > 1:
-                    parameter.register_hook(partial(sum_over, group=_sharers(mesh, num_copies)))
+                    parameter.register_hook(partial(sum_gradient, group=_sharers(mesh, num_copies)))
                 setattr(part, name, made.setdefault(key, parameter))
             if isinstance(part, ColumnParallelLinear):
                 part.entrance = entrance
             parts[whole] = part
     _replace(model, parts)
     _retie(model, {whole: parameter for (whole, _, _), parameter in made.items()})
+
+
+def _install_sequence(
+    model: nn.Module, found: Discovery, example: Mapping[str, Tensor], plan: Plan, mesh: Mesh
+) -> None:
+    cut = found.sequence
+    install_sequence(model, cut, mesh.groups["tp"])
+    for name in cut.partial:
+        model.get_parameter(name).register_hook(partial(sum_gradient, group=mesh.groups["tp"]))
+    told = trouble_of_part(model, sequence_example(example, plan.tp), replace(found, seen=cut.seen).shapes(plan.tp))
+    if told:
+        raise PlanError(f"plan {plan}: the forward does not run on a rank's part of the sequence: {told}; leave out sp")
+
+
+def _draw_apart(model: nn.Module, found: Discovery, mesh: Mesh) -> None:
+    """Within regions, or between the borders of a cut sequence, each rank has random numbers of its own."""
+    if found.sequence is not None:
+        begins, ends = border_modules(model)
+    else:
+        begins = [model.get_submodule(path) for pair in found.pairs for path in pair.columns]
+        ends = [model.get_submodule(path) for pair in found.pairs for path in pair.rows]
+    OwnRandom(mesh.index("tp")).install(model, begins, ends)
 
 
 def _cut_vocabulary(model: nn.Module, vocabulary: Vocabulary, mesh: Mesh) -> None:

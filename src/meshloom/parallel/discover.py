@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from meshloom.parallel.embeddings import Vocabulary
 from meshloom.parallel.fake import Seen, run_fake
 from meshloom.parallel.styles import linear_shape
-from meshloom.parallel.trail import RULES, Cut, Trail, Whole, pointwise
+from meshloom.parallel.trail import RULES, SEQUENCE, Cut, Trail, Whole, pointwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,7 @@ class Discovery:
     seen: tuple[tuple[str, tuple[int, ...] | None, Cut | None], ...] = ()
 
     vocabulary: Vocabulary | None = None
+    sequence: Any = None  # a SequenceCut, if the plan asks for one
 
     @property
     def cuts_vocabulary(self) -> bool:
@@ -65,7 +66,7 @@ class Discovery:
 
         Heads that ranks share are repeated less often there, or not at all; what they then meet is held to its shape.
         """
-        columns = {path for pair in self.pairs for path in pair.columns}
+        columns = {SEQUENCE, *(path for pair in self.pairs for path in pair.columns)}
         copied = {path for pair in self.pairs for path in pair.columns if pair.num_copies(path, degree) > 1}
         return [
             Seen(op, None, optional=True)
@@ -93,12 +94,12 @@ def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Discovery:
     handles = []
     for path, module in linears.items():
         handles.append(module.register_forward_pre_hook(_arrive(trail, path)))
-        handles.append(module.register_forward_hook(_depart(trail, path)))
+        handles.append(module.register_forward_hook(depart(trail, path)))
     was_training = model.training
     try:
         model.eval()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        run_fake(model, example, _Follow(trail), told=lambda real, fake: trail.told(names[id(real)], fake))
+        run_fake(model, example, Follow(trail), told=lambda real, fake: trail.told(names[id(real)], fake))
     finally:
         model.train(was_training)
         for handle in handles:
@@ -137,7 +138,9 @@ def _arrive(trail: Trail, path: str) -> Callable[..., None]:
     return hook
 
 
-def _depart(trail: Trail, path: str) -> Callable[..., None]:
+def depart(trail: Trail, path: str) -> Callable[..., None]:
+    """The hook after a linear layer: its output features are cut."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         trail.inside.pop()
         shape = linear_shape(module)
@@ -155,7 +158,7 @@ def _depart(trail: Trail, path: str) -> Callable[..., None]:
     return hook
 
 
-class _Follow(TorchDispatchMode):
+class Follow(TorchDispatchMode):
     """Carries each tensor's cut through every op."""
 
     def __init__(self, trail: Trail) -> None:
@@ -174,6 +177,9 @@ class _Follow(TorchDispatchMode):
         cuts, name = self.trail.cuts, func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in tensors if self.trail.entered else ():
+            if tensor in self.trail.entered:
+                self.trail.lose((SEQUENCE,), f"{name} uses what is gathered for {self.trail.entered[tensor]}")
         self.trail.note_uniform(func, tensors, results)
         self.trail.meet(name, tensors, results)
         if any(tensor in cuts for tensor in tensors):

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meshloom.parallel.linear import CutLinear
+from meshloom.parallel.linear import Border, CutLinear
 from meshloom.parallel.styles import linear_shape
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
@@ -129,7 +129,7 @@ def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: S
     watch = _Watch()
     handles = []
     for module in model.modules():
-        if linear_shape(module) is not None or isinstance(module, CutLinear):
+        if linear_shape(module) is not None or isinstance(module, (CutLinear, Border)):
             handles += [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
     was_training = model.training
     try:

@@ -61,30 +61,52 @@ class Entrance:
     Query, key and value then cost one all-reduce in backward, not three.
     """
 
+    always = False  # enter even where there is no gradient to sum
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (…, I), whole on every rank -> the same x, within the region."""
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if not self.always and not (x.requires_grad and torch.is_grad_enabled()):
             return x
         if torch.compiler.is_compiling():  # it merges equal calls itself
-            return enter_region(x, self.group)
+            return self.enter(x)
         if self._last is not None:
             before, version, entered = self._last
             known = entered()
             if before() is x and version == x._version and known is not None:
                 return known
-        result = enter_region(x, self.group)
+        result = self.enter(x)
         self._last = weakref.ref(x), x._version, weakref.ref(result)
         return result
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x within the region."""
+        return enter_region(x, self.group)
 
 
 def leave_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over `group` of each rank's part x; every rank goes on with the same tensor."""
     result: Tensor = _LeaveRegion.apply(x, group.group_name)  # type: ignore[no-untyped-call]
     return result
+
+
+class Border(nn.Module):
+    """A crossing into or out of a region that lies outside of the cut layers.
+
+    It is a module of its own, so that whoever watches the model's ops knows which are not the model's.
+    """
+
+    def __init__(self, crossing: Any, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.crossing, self.group = crossing, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on the other side."""
+        result: Tensor = self.crossing.apply(x, self.group)
+        return result
 
 
 class CutLinear(nn.Module):
@@ -124,7 +146,9 @@ class ColumnParallelLinear(CutLinear):
 class RowParallelLinear(CutLinear):
     """(…, I/tp) -> (…, O): this rank's input features; the result is summed, then the bias added once."""
 
+    leave = staticmethod(leave_region)  # how the sum is made; with sequence parallel, each rank keeps its tokens of it
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I/tp) -> (…, O)."""
-        out = leave_region(self._product(x, None), self.group)
+        out = self.leave(self._product(x, None), self.group)
         return out if self.bias is None else out + self.bias

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+SEQUENCE = "the sequence"  # the source of the cut that sequence parallel makes
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -46,6 +48,7 @@ class Trail:
     made_of: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> Whole
     uniform: dict[int, Any] = field(default_factory=dict)  # storages of constants that are the same everywhere
     partial: dict[str, set[str]] = field(default_factory=dict)  # parameter -> sources whose cut it meets
+    entered: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # gathered, for columns alone
 
     def told(self, name: str, fake: Tensor) -> None:
         """Note the fake tensor that stands for a parameter."""
@@ -222,7 +225,18 @@ def _batched_product(trail: Trail, args: Any, tensors: Any, results: Any) -> lis
 
 
 _FILLS = frozenset(("zeros", "ones", "full"))
+
+
+def _layer_norm(trail: Trail, args: Any, tensors: Any, results: Any) -> list[Cut | None] | None:
+    """A norm over the last dims, as many as args[1] has, leaves the others apart."""
+    cut = trail.cuts.get(tensors[0])
+    if cut is None or cut.dim >= tensors[0].dim() - len(args[1]):
+        return None
+    return [cut] * len(results)
+
+
 RULES: dict[str, Rule] = {
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "_reshape_alias"), _reshape),
     **dict.fromkeys(("t", "transpose", "permute"), _permute),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
