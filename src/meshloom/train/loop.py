@@ -18,7 +18,8 @@ from meshloom.errors import PlanError, RunFailed
 from meshloom.model.build import build_model, example_batch, num_parameters
 from meshloom.model.config import Objective
 from meshloom.model.step import Batch, make_optimizer, train_step
-from meshloom.parallel.apply import check_plan, parallelize
+from meshloom.model.weights import build_part
+from meshloom.parallel.apply import check_plan
 from meshloom.parallel.data import data_parallel
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
@@ -94,12 +95,7 @@ def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | Non
 
 
 def _build(job: Job, mesh: Mesh) -> nn.Module:
-    model = build_model(job.config, job.objective, seed=job.seed)
-    model.to(mesh.device)
-    model = parallelize(
-        model, plan=job.plan, mesh=mesh, example=example_batch(job.objective, micro_batch=1, seq_length=8)
-    )
-    model.to(mesh.device).train()
+    model = build_part(job.config, job.objective, mesh=mesh, seed=job.seed).train()
     # Ranks of one tensor-parallel group draw the same dropout masks, or their copies of the residual would part.
     torch.manual_seed(job.seed + 1 + mesh.index("dp"))
     return model
