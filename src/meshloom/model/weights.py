@@ -52,7 +52,8 @@ def build_part(config: Any, objective: Objective, *, mesh: Mesh, seed: int, fill
     if fill is not None:
         fill(held)
     for module, attribute, tensor in _others(inner, fake):
-        value = real(tensor).to(mesh.device)
+        # None: what a forward keeps for the next one, and our own forwards while we cut left there
+        value = None if tensor is None else real(tensor).to(mesh.device)
         if attribute in module._buffers:
             module._buffers[attribute] = value
         else:
@@ -82,16 +83,17 @@ def _replayed(
         if not view.is_whole:
             raise CannotRecord(f"{name} is a part of another tensor")
         parts.setdefault(view.storage, []).append(placed)
-    return replay(recording, parts, [tensor for _, _, tensor in _others(inner, fake)], seed=seed)
+    others = [tensor for _, _, tensor in _others(inner, fake) if tensor is not None]
+    return replay(recording, parts, others, seed=seed)
 
 
-def _others(inner: nn.Module, whole: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """The tensors of the cut model that are no parameters: (module, attribute, that of the whole model)."""
+def _others(inner: nn.Module, whole: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor | None]]:
+    """The tensors of the cut model that are no parameters: (module, attribute, that of the whole model if any)."""
     theirs = dict(whole.named_modules(remove_duplicate=False))
     for path, module in inner.named_modules():
         for name, value in [*module._buffers.items(), *vars(module).items()]:
             if isinstance(value, Tensor) and path in theirs and name not in theirs[path]._parameters:
-                yield module, name, getattr(theirs[path], name)
+                yield module, name, getattr(theirs[path], name, None)
 
 
 def _hollows(inner: nn.Module, whole: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

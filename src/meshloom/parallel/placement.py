@@ -50,7 +50,7 @@ class Placed:
         for begin, end in self.ranges:
             offsets = (*(0 for _ in self.shape[: self.dim]), begin, *(0 for _ in self.shape[self.dim + 1 :]))
             sizes = (*self.shape[: self.dim], end - begin, *self.shape[self.dim + 1 :])
-            if prod(sizes):
+            if prod(sizes) or not prod(self.shape):
                 found.append((offsets, sizes, self.tensor.narrow(self.dim, place, end - begin)))
             place += end - begin
         return found

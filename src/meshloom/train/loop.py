@@ -25,6 +25,7 @@ from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.plan import Plan
+from meshloom.train.checkpoint import Checkpoints, TrainingState
 from meshloom.train.data import Document, batches
 from meshloom.train.metrics import Reporter
 
@@ -48,6 +49,10 @@ class Job:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    save_steps: int = 0  # 0: never
+    keep_last: int | None = None
+    save_initial: bool = False
+    resume: str | None = None  # the checkpoint to go on from
 
 
 def check_job(job: Job, available_bytes: int | None) -> int:
@@ -75,23 +80,60 @@ def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | Non
         mesh = make_mesh(job.plan, chosen)
         inner = _build(job, mesh)
         optimizer = make_optimizer(inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay)
+        saved = _checkpoints(job, Path(folder) / "checkpoints", inner, optimizer, mesh)
+        begun = saved.load(Path(job.resume)) if saved and job.resume else TrainingState(step=0, plan=job.plan)
+        if saved and job.save_initial and not begun.step:
+            saved.export("initial_model")
         model = data_parallel(inner, mesh)
         around = (
             around_step(mesh, inner.model if isinstance(inner, Pipeline) else inner)
             if around_step is not None
             else lambda step: nullcontext()
         )
-        tokens_per_step = job.plan.dp * job.plan.num_micro_batches * job.batch_size * job.seq_length
-        show = rank_zero_shows and mesh.rank == 0
-        with Reporter(Path(folder), max_steps=job.max_steps, tokens_per_step=tokens_per_step, show=show) as reporter:
-            for step, micro_batches in enumerate(islice(_micro_batches(job, mesh), job.max_steps)):
+        per_step = job.plan.dp * job.plan.num_micro_batches * job.batch_size
+        read = begun.data.get("sequences", 0)  # by all ranks, before this step
+        stream = enumerate(_micro_batches(job, mesh, read), start=begun.step)
+        with Reporter(
+            Path(folder),
+            max_steps=job.max_steps,
+            tokens_per_step=per_step * job.seq_length,
+            show=rank_zero_shows and mesh.rank == 0,
+            first_step=begun.step,
+        ) as reporter:
+            for step, micro_batches in islice(stream, max(0, job.max_steps - begun.step)):
                 context = around(step)
+                recorded = not isinstance(context, nullcontext)
+                if saved and recorded:
+                    saved.wait()  # its collectives are no part of the step
                 with context:
                     loss = train_step(model, optimizer, micro_batches, mesh=mesh, max_grad_norm=job.max_grad_norm)
                 mean = float(_mean_over_data_parallel(loss, mesh))
                 if not isfinite(mean):
                     raise RunFailed(f"step {step + 1}: the loss is {mean} on rank {mesh.rank}; lower --learning-rate")
-                reporter.step(step, mean, recorded=not isinstance(context, nullcontext))
+                reporter.step(step, mean, recorded=recorded)
+                read += per_step
+                if saved and job.save_steps and ((step + 1) % job.save_steps == 0 or step + 1 == job.max_steps):
+                    saved.save(step + 1, data={"sequences": read})
+        if saved:
+            saved.wait()
+
+
+def _checkpoints(
+    job: Job, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> Checkpoints | None:
+    """What saves and loads this run, None if it does neither."""
+    if not (job.save_steps or job.resume):
+        return None
+    whole = build_model(job.config, job.objective, seed=job.seed, device="meta")
+    return Checkpoints(
+        folder,
+        whole=whole,
+        model=model,
+        optimizer=optimizer,
+        mesh=mesh,
+        tokenizer=job.tokenizer,
+        keep=job.keep_last,
+    )
 
 
 def _build(job: Job, mesh: Mesh) -> nn.Module:
@@ -101,7 +143,14 @@ def _build(job: Job, mesh: Mesh) -> nn.Module:
     return model
 
 
-def _micro_batches(job: Job, mesh: Mesh) -> Iterator[list[Batch]]:
+def _micro_batches(job: Job, mesh: Mesh, read: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each step, after the first `read` sequences of the stream of all ranks."""
+    batch = job.batch_size * mesh.degree("dp")
+    if read % batch:
+        raise PlanError(
+            f"resume: expected batches of all ranks that divide the {read} sequences read so far, got {batch}; "
+            "use the batch size and data-parallel degree of before, or others that divide it"
+        )
     stream = batches(
         job.documents,
         job.tokenizer,
@@ -112,6 +161,7 @@ def _micro_batches(job: Job, mesh: Mesh) -> Iterator[list[Batch]]:
         num_ranks=mesh.degree("dp"),
         seed=job.seed,
     )
+    stream = islice(stream, read // batch, None)
     while True:
         yield [_to(batch, mesh.device) for batch in islice(stream, job.plan.num_micro_batches)]
 
