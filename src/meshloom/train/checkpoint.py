@@ -90,6 +90,24 @@ def check_checkpoint(path: Path) -> TrainingState:
     return state
 
 
+def check_architecture(path: Path, whole: nn.Module) -> None:
+    """Raise ModelError naming the tensor if the weights of a checkpoint are not those of the uncut model `whole`."""
+    index = read_index(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+    for name in _names(whole):
+        held = index.get(WEIGHT + name)
+        if held is None:
+            raise ModelError(f"{path}: holds another architecture: expected {name}, which is not in it")
+        if held.shape != shapes[name]:
+            raise ModelError(
+                f"{path}: holds another architecture: expected {name} of shape {shapes[name]}, got {held.shape}"
+            )
+    for fqn in index:
+        name = fqn.removeprefix(WEIGHT)
+        if fqn.startswith(WEIGHT) and name not in shapes:
+            raise ModelError(f"{path}: holds another architecture: it has {name}, which the model has not")
+
+
 class Checkpoints:
     """Saves and loads this rank's part of a run below `folder`.
 
@@ -112,7 +130,7 @@ class Checkpoints:
         self.inner, self.optimizer = inner_model(model), optimizer
         shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
         self.held = placed_parameters(model, mesh, shapes)
-        self.names = [*shapes, *_persistent_buffers(whole)]
+        self.names = _names(whole)
         # of its own, so that what is saved in the background meets no collective of training
         self.group = dist.new_group(backend="gloo") if mesh.plan.world_size > 1 else None
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -153,7 +171,7 @@ class Checkpoints:
         Raises FolderError if it cannot be read, ModelError if it is of another architecture.
         """
         state, index = check_checkpoint(path), read_index(path)
-        self._check_architecture(path, index)
+        check_architecture(path, self.whole)
         items = {WEIGHT + name: Stored(placed.like(placed.tensor.detach())) for name, placed in self.held.items()}
         buffers = {WEIGHT + name: buffer for name, buffer in self._buffers().items()}
         items |= {name: Stored(Placed.whole(buffer)) for name, buffer in buffers.items()}
@@ -261,21 +279,6 @@ class Checkpoints:
 
     # -- what is loaded
 
-    def _check_architecture(self, path: Path, index: Index) -> None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.whole.state_dict().items()}
-        for name in self.names:
-            held = index.get(WEIGHT + name)
-            if held is None:
-                raise ModelError(f"{path}: holds another architecture: expected {name}, which is not in it")
-            if held.shape != shapes[name]:
-                raise ModelError(
-                    f"{path}: holds another architecture: expected {name} of shape {shapes[name]}, got {held.shape}"
-                )
-        for fqn in index:
-            name = fqn.removeprefix(WEIGHT)
-            if fqn.startswith(WEIGHT) and name not in shapes:
-                raise ModelError(f"{path}: holds another architecture: it has {name}, which the model has not")
-
     def _empty_optimizer_state(self, index: Index) -> dict[str, Stored]:
         if self.optimizer is None:
             return {}
@@ -312,6 +315,11 @@ class Checkpoints:
         kinds = ["cpu", *(["cuda"] if mesh.device.type == "cuda" else [])]
         names = [name for kind in kinds if (name := f"random.{rank}.{kind}") in index]
         return {name: torch.empty(index[name].shape, dtype=torch.uint8) for name in names}
+
+
+def _names(model: nn.Module) -> list[str]:
+    """The names of all that is saved of a model; what stands in several places has its first."""
+    return [*(name for name, _ in model.named_parameters()), *_persistent_buffers(model)]
 
 
 def _persistent_buffers(model: nn.Module) -> list[str]:

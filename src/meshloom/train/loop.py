@@ -25,7 +25,7 @@ from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.plan import Plan
-from meshloom.train.checkpoint import Checkpoints, TrainingState
+from meshloom.train.checkpoint import Checkpoints, TrainingState, check_architecture
 from meshloom.train.data import Document, batches
 from meshloom.train.metrics import Reporter
 
@@ -65,6 +65,8 @@ def check_job(job: Job, available_bytes: int | None) -> int:
         raise PlanError(f"--seq-length {job.seq_length}: expected at most {limit}, the positions that the model has")
     model = build_model(job.config, job.objective, seed=job.seed, device="meta")
     check_plan(model, job.plan, example_batch(job.objective, micro_batch=1, seq_length=8, device="meta"))
+    if job.resume is not None:
+        check_architecture(Path(job.resume), model)
     needed = 16 * num_parameters(model) * job.plan.dp
     if available_bytes is not None and needed > available_bytes:
         raise PlanError(
