@@ -103,9 +103,9 @@ def train(
     cut = Plan.parse(plan)
     _check_saving(options)
 
-    from meshloom.parallel.launch import run_ranks, world_from_environment
-    from meshloom.train.loop import check_job, train_rank
-    from meshloom.train.runs import set_state, write_facts
+    from meshloom.parallel.launch import world_from_environment
+    from meshloom.train.loop import check_job
+    from meshloom.train.runs import write_facts
 
     world = world_from_environment()
     if world is not None:
@@ -134,10 +134,20 @@ def train(
         write_facts(folder, config=job.config, plan=job.plan, command=command)
         if not as_json:
             _announce(job, model, data, num_parameters, folder, resumed)
-    arguments = (job, str(folder), device, around, not as_json)
+    _run(job, folder, device, around, show=not as_json, alone=world is None, is_first=is_first)
+    return folder if is_first else None
+
+
+def _run(job: Any, folder: Path, device: str, around: Any, *, show: bool, alone: bool, is_first: bool) -> None:
+    """Train on all ranks, which are started here unless this process is one of them, and note how it ended."""
+    from meshloom.parallel.launch import run_ranks
+    from meshloom.train.loop import train_rank
+    from meshloom.train.runs import set_state
+
+    arguments = (job, str(folder), device, around, show)
     try:
-        if world is None:
-            run_ranks(train_rank, *arguments, num_ranks=cut.world_size, log_dir=folder / "logs")
+        if alone:
+            run_ranks(train_rank, *arguments, num_ranks=job.plan.world_size, log_dir=folder / "logs")
         else:
             train_rank(*arguments)
     except (MeshloomError, KeyboardInterrupt) as error:
@@ -145,10 +155,8 @@ def train(
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             set_state(folder, state, reason=str(error) or "interrupted")
         raise
-    if not is_first:
-        return None
-    set_state(folder, "finished")
-    return folder
+    if is_first:
+        set_state(folder, "finished")
 
 
 def _check_saving(options: dict[str, Any]) -> None:
