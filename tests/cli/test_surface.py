@@ -16,8 +16,9 @@ from tests.conftest import Meshloom
 OPTIONS = {
     "demo": ["--cluster", "--max-steps", "--out", "--synth-plan"],
     "train": [
-        "--batch-size", "--data", "--device", "--gradient-accumulation", "--json", "--learning-rate",
-        "--max-grad-norm", "--max-steps", "--model", "--objective", "--out", "--plan", "--schedule", "--seed",
+        "--batch-size", "--data", "--device", "--gradient-accumulation", "--json", "--keep-last", "--learning-rate",
+        "--max-grad-norm", "--max-steps", "--model", "--no-save-initial", "--objective", "--out", "--plan", "--resume",
+        "--save-steps", "--schedule", "--seed",
         "--seq-length", "--tokenizer", "--trace", "--trace-active", "--trace-separate", "--trace-stacks",
         "--trace-step", "--virtual-stages", "--weight-decay",
     ],

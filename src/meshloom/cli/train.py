@@ -51,6 +51,17 @@ from meshloom.plan import Plan
 @click.option("--trace-active", type=click.IntRange(1), default=1, show_default=True, help="How many steps to record.")
 @click.option("--trace-separate", is_flag=True, help="Write each recorded step into a folder of its own.")
 @click.option("--trace-stacks", is_flag=True, help="Add a table of times as text beside each trace.")
+@click.option(
+    "--save-steps", default=0, show_default=True, type=click.IntRange(0), help="Steps between checkpoints; 0: none."
+)
+@click.option("--keep-last", type=click.IntRange(1), help="Checkpoints to keep.  [default: all]")
+@click.option("--no-save-initial", is_flag=True, help="With --save-steps: do not save the weights before training.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    help="Go on from a checkpoint or a run's newest one, on any plan; without a value from --out, if it is there.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(**options: Any) -> None:
     """Train a model on a plan of ranks, and record a step if asked.
@@ -62,6 +73,8 @@ def command(**options: Any) -> None:
       meshloom train --model gpt2-tiny --tokenizer bytes --data sample --plan dp2 --max-steps 20 --trace
       torchrun --nproc-per-node 2 --no-python meshloom train --model gpt2-tiny --tokenizer bytes \\
           --data sample --plan dp2 --out runs/by-torchrun
+      meshloom train --model gpt2-tiny --tokenizer bytes --data sample --plan tp2 --max-steps 40 --save-steps 10 \\
+          --resume runs/by-torchrun
     """
     folder = train(**options)
     if folder is not None:
@@ -81,27 +94,33 @@ def train(
     trace_active: int = 1,
     trace_separate: bool = False,
     trace_stacks: bool = False,
+    resume: str | None = None,
+    no_save_initial: bool = False,
     as_json: bool = False,
     **options: Any,
 ) -> Path | None:
     """Train as the command does and return the run folder; None on ranks of a torchrun other than 0."""
     cut = Plan.parse(plan)
-    max_steps = options["max_steps"]
-    first_traced = _first_traced(trace_step, trace_active, max_steps)
+    _check_saving(options)
 
-    from meshloom.parallel.launch import run_ranks, world_from_environment
-    from meshloom.train.loop import check_job, train_rank
-    from meshloom.train.runs import new_run, set_state, write_facts
+    from meshloom.parallel.launch import world_from_environment
+    from meshloom.train.loop import check_job
+    from meshloom.train.runs import write_facts
 
     world = world_from_environment()
     if world is not None:
         cut.with_world_size(world[1])
         if out is None:
             raise UsageError("expected --out under torchrun, so that all ranks write to one folder")
-    job = _job(model=model, data=data, plan=cut, **options)
+    resumed = _resumed(resume, out, options["max_steps"])
+    begun = resumed.step if resumed else 0
+    first_traced = _first_traced(trace_step, trace_active, options["max_steps"], begun)
+    checkpoint = str(resumed.checkpoint) if resumed and resumed.checkpoint else None
+    save: dict[str, Any] = {"save_initial": not no_save_initial, "resume": checkpoint}
+    job = _job(model=model, data=data, plan=cut, **save, **options)
     num_parameters = check_job(job, _free_memory() if world is None and device != "cuda" else None)
     is_first = world is None or world[0] == 0
-    folder = new_run(out, model=model, plan=cut) if is_first else Path(str(out))
+    folder = _folder(out, model, cut, resumed) if is_first else Path(str(out))
     recording = {
         "step": first_traced - 1,
         "active": trace_active,
@@ -111,14 +130,24 @@ def train(
     }
     around = _recorder(folder, cut, recording) if trace else None
     if is_first:
-        command = {"model": model, "data": data, "plan": plan, "trace": trace, **options}
+        command = {"model": model, "data": data, "plan": plan, "trace": trace, "resume": checkpoint, **options}
         write_facts(folder, config=job.config, plan=job.plan, command=command)
         if not as_json:
-            _announce(job, model, data, num_parameters, folder)
-    arguments = (job, str(folder), device, around, not as_json)
+            _announce(job, model, data, num_parameters, folder, resumed)
+    _run(job, folder, device, around, show=not as_json, alone=world is None, is_first=is_first)
+    return folder if is_first else None
+
+
+def _run(job: Any, folder: Path, device: str, around: Any, *, show: bool, alone: bool, is_first: bool) -> None:
+    """Train on all ranks, which are started here unless this process is one of them, and note how it ended."""
+    from meshloom.parallel.launch import run_ranks
+    from meshloom.train.loop import train_rank
+    from meshloom.train.runs import set_state
+
+    arguments = (job, str(folder), device, around, show)
     try:
-        if world is None:
-            run_ranks(train_rank, *arguments, num_ranks=cut.world_size, log_dir=folder / "logs")
+        if alone:
+            run_ranks(train_rank, *arguments, num_ranks=job.plan.world_size, log_dir=folder / "logs")
         else:
             train_rank(*arguments)
     except (MeshloomError, KeyboardInterrupt) as error:
@@ -126,25 +155,55 @@ def train(
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             set_state(folder, state, reason=str(error) or "interrupted")
         raise
-    if not is_first:
+    if is_first:
+        set_state(folder, "finished")
+
+
+def _check_saving(options: dict[str, Any]) -> None:
+    if options.get("keep_last") and not options.get("save_steps"):
+        raise UsageError(f"--keep-last {options['keep_last']}: expected --save-steps too, or nothing is saved")
+
+
+def _resumed(resume: str | None, out: str | None, max_steps: int) -> Any:
+    """Where the run goes on, None if it begins; what is wrong with newer checkpoints is told."""
+    if resume is None:
         return None
-    set_state(folder, "finished")
-    return folder
+    from meshloom.train.runs import find_resumed
+
+    resumed = find_resumed(resume, out)
+    for trouble in resumed.troubles:
+        click.echo(f"meshloom: warning: {trouble}; going on from an older one", err=True)
+    if resumed.step >= max_steps:
+        raise UsageError(
+            f"--max-steps {max_steps}: expected more than the {resumed.step} steps of {resumed.checkpoint}"
+        )
+    return resumed
 
 
-def _announce(job: Any, model: str, data: str, num_parameters: int, folder: Path) -> None:
+def _folder(out: str | None, model: str, plan: Plan, resumed: Any) -> Path:
+    from meshloom.train.runs import new_run, reopen_run
+
+    if resumed and resumed.folder is not None:
+        return reopen_run(resumed.folder)
+    return new_run(out, model=model, plan=plan)
+
+
+def _announce(job: Any, model: str, data: str, num_parameters: int, folder: Path, resumed: Any) -> None:
     world_size = job.plan.world_size
+    weights = f"weights of {resumed.checkpoint}" if resumed and resumed.checkpoint else "random weights"
     click.echo(
-        f"{model}: {num_parameters:,} parameters, random weights, {job.objective} language model; plan {job.plan} "
+        f"{model}: {num_parameters:,} parameters, {weights}, {job.objective} language model; plan {job.plan} "
         f"on {world_size} rank{'s' * (world_size > 1)}; {data}: {len(job.documents):,} documents\nrun folder: {folder}"
     )
 
 
-def _first_traced(step: int | None, active: int, max_steps: int) -> int:
-    """The first of the steps to record, counted from 1; raises UsageError if they go beyond the last step."""
+def _first_traced(step: int | None, active: int, max_steps: int, begun: int) -> int:
+    """The first of the steps to record, counted from 1; raises UsageError if they are not all among those to do."""
     if step is not None and step > max_steps:
         raise UsageError(f"--trace-step {step}: expected at most --max-steps, which is {max_steps}")
-    first = step or max(1, min(3, max_steps - active + 1))
+    if step is not None and step <= begun:
+        raise UsageError(f"--trace-step {step}: expected more than the {begun} steps that were done before")
+    first = step or max(begun + 1, min(begun + 3, max_steps - active + 1))
     if first + active - 1 > max_steps:
         raise UsageError(
             f"--trace-active {active}: expected at most {max_steps - first + 1} steps from step {first} to "

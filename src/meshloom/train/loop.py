@@ -18,12 +18,14 @@ from meshloom.errors import PlanError, RunFailed
 from meshloom.model.build import build_model, example_batch, num_parameters
 from meshloom.model.config import Objective
 from meshloom.model.step import Batch, make_optimizer, train_step
-from meshloom.parallel.apply import check_plan, parallelize
+from meshloom.model.weights import build_part
+from meshloom.parallel.apply import check_plan
 from meshloom.parallel.data import data_parallel
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.plan import Plan
+from meshloom.train.checkpoint import Checkpoints, TrainingState, check_architecture
 from meshloom.train.data import Document, batches
 from meshloom.train.metrics import Reporter
 
@@ -47,6 +49,10 @@ class Job:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    save_steps: int = 0  # 0: never
+    keep_last: int | None = None
+    save_initial: bool = False
+    resume: str | None = None  # the checkpoint to go on from
 
 
 def check_job(job: Job, available_bytes: int | None) -> int:
@@ -59,6 +65,8 @@ def check_job(job: Job, available_bytes: int | None) -> int:
         raise PlanError(f"--seq-length {job.seq_length}: expected at most {limit}, the positions that the model has")
     model = build_model(job.config, job.objective, seed=job.seed, device="meta")
     check_plan(model, job.plan, example_batch(job.objective, micro_batch=1, seq_length=8, device="meta"))
+    if job.resume is not None:
+        check_architecture(Path(job.resume), model)
     needed = 16 * num_parameters(model) * job.plan.dp
     if available_bytes is not None and needed > available_bytes:
         raise PlanError(
@@ -74,38 +82,77 @@ def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | Non
         mesh = make_mesh(job.plan, chosen)
         inner = _build(job, mesh)
         optimizer = make_optimizer(inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay)
+        saved = _checkpoints(job, Path(folder) / "checkpoints", inner, optimizer, mesh)
+        begun = saved.load(Path(job.resume)) if saved and job.resume else TrainingState(step=0, plan=job.plan)
+        if saved and job.save_initial and not begun.step:
+            saved.export("initial_model")
         model = data_parallel(inner, mesh)
         around = (
             around_step(mesh, inner.model if isinstance(inner, Pipeline) else inner)
             if around_step is not None
             else lambda step: nullcontext()
         )
-        tokens_per_step = job.plan.dp * job.plan.num_micro_batches * job.batch_size * job.seq_length
-        show = rank_zero_shows and mesh.rank == 0
-        with Reporter(Path(folder), max_steps=job.max_steps, tokens_per_step=tokens_per_step, show=show) as reporter:
-            for step, micro_batches in enumerate(islice(_micro_batches(job, mesh), job.max_steps)):
+        per_step = job.plan.dp * job.plan.num_micro_batches * job.batch_size
+        read = begun.data.get("sequences", 0)  # by all ranks, before this step
+        stream = enumerate(_micro_batches(job, mesh, read), start=begun.step)
+        with Reporter(
+            Path(folder),
+            max_steps=job.max_steps,
+            tokens_per_step=per_step * job.seq_length,
+            show=rank_zero_shows and mesh.rank == 0,
+            first_step=begun.step,
+        ) as reporter:
+            for step, micro_batches in islice(stream, max(0, job.max_steps - begun.step)):
                 context = around(step)
+                recorded = not isinstance(context, nullcontext)
+                if saved and recorded:
+                    saved.wait()  # its collectives are no part of the step
                 with context:
                     loss = train_step(model, optimizer, micro_batches, mesh=mesh, max_grad_norm=job.max_grad_norm)
                 mean = float(_mean_over_data_parallel(loss, mesh))
                 if not isfinite(mean):
                     raise RunFailed(f"step {step + 1}: the loss is {mean} on rank {mesh.rank}; lower --learning-rate")
-                reporter.step(step, mean, recorded=not isinstance(context, nullcontext))
+                reporter.step(step, mean, recorded=recorded)
+                read += per_step
+                if saved and job.save_steps and ((step + 1) % job.save_steps == 0 or step + 1 == job.max_steps):
+                    saved.save(step + 1, data={"sequences": read})
+        if saved:
+            saved.wait()
+
+
+def _checkpoints(
+    job: Job, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> Checkpoints | None:
+    """What saves and loads this run, None if it does neither."""
+    if not (job.save_steps or job.resume):
+        return None
+    whole = build_model(job.config, job.objective, seed=job.seed, device="meta")
+    return Checkpoints(
+        folder,
+        whole=whole,
+        model=model,
+        optimizer=optimizer,
+        mesh=mesh,
+        tokenizer=job.tokenizer,
+        keep=job.keep_last,
+    )
 
 
 def _build(job: Job, mesh: Mesh) -> nn.Module:
-    model = build_model(job.config, job.objective, seed=job.seed)
-    model.to(mesh.device)
-    model = parallelize(
-        model, plan=job.plan, mesh=mesh, example=example_batch(job.objective, micro_batch=1, seq_length=8)
-    )
-    model.to(mesh.device).train()
+    model = build_part(job.config, job.objective, mesh=mesh, seed=job.seed).train()
     # Ranks of one tensor-parallel group draw the same dropout masks, or their copies of the residual would part.
     torch.manual_seed(job.seed + 1 + mesh.index("dp"))
     return model
 
 
-def _micro_batches(job: Job, mesh: Mesh) -> Iterator[list[Batch]]:
+def _micro_batches(job: Job, mesh: Mesh, read: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each step, after the first `read` sequences of the stream of all ranks."""
+    batch = job.batch_size * mesh.degree("dp")
+    if read % batch:
+        raise PlanError(
+            f"resume: expected batches of all ranks that divide the {read} sequences read so far, got {batch}; "
+            "use the batch size and data-parallel degree of before, or others that divide it"
+        )
     stream = batches(
         job.documents,
         job.tokenizer,
@@ -116,6 +163,7 @@ def _micro_batches(job: Job, mesh: Mesh) -> Iterator[list[Batch]]:
         num_ranks=mesh.degree("dp"),
         seed=job.seed,
     )
+    stream = islice(stream, read // batch, None)
     while True:
         yield [_to(batch, mesh.device) for batch in islice(stream, job.plan.num_micro_batches)]
 

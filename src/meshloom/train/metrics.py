@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Reporter:
     """Shows and stores each step's loss and speed; on ranks other than 0 it does nothing."""
 
-    def __init__(self, folder: Path, *, max_steps: int, tokens_per_step: int, show: bool) -> None:
+    def __init__(self, folder: Path, *, max_steps: int, tokens_per_step: int, show: bool, first_step: int = 0) -> None:
         self._show = show
         self._max_steps = max_steps
         self._tokens_per_step = tokens_per_step
         self._path = folder / "metrics.jsonl"
+        self._first_step = first_step
         self._file: IO[str] | None = None
         self._console = Console(file=sys.stdout)
         self._last_ns = 0
@@ -29,7 +30,9 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         if self._show:
+            before = _lines_before(self._path, self._first_step)
             self._file = self._path.open("w", encoding="utf-8", buffering=1)
+            self._file.writelines(before)
             if self._console.is_terminal:
                 self._progress = Progress(
                     TextColumn("step"),
@@ -40,7 +43,7 @@ class Reporter:
                     console=self._console,
                 )
                 self._progress.start()
-                self._task = self._progress.add_task("", total=self._max_steps)
+                self._task = self._progress.add_task("", total=self._max_steps, completed=self._first_step)
         self._last_ns = time.perf_counter_ns()
         return self
 
@@ -76,3 +79,16 @@ class Reporter:
             self._progress.update(self._task, completed=step + 1, description=text)
         else:
             self._console.print(f"step {step + 1}/{self._max_steps}  {text}", highlight=False)
+
+
+def _lines_before(path: Path, step: int) -> list[str]:
+    """The lines of steps before `step`, which is where a run goes on; what was lost after it is done again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except (ValueError, KeyError):  # cut off when the run was killed
+            continue
+    return kept

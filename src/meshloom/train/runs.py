@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,67 @@ import tomli_w
 
 import meshloom
 from meshloom.chakra.file import whole_file
-from meshloom.errors import FolderError
+from meshloom.errors import FolderError, UsageError
 from meshloom.plan import Plan
+from meshloom.train.checkpoint import check_checkpoint, newest
+
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Where a run goes on: from which checkpoint, if there is one, after how many steps, in which run folder.
+
+    `folder` is None if that is a new one. `troubles` tells what is wrong with newer checkpoints.
+    """
+
+    folder: Path | None
+    checkpoint: Path | None
+    step: int
+    troubles: list[str]
+
+
+def find_resumed(resume: str, out: str | None) -> Resumed:
+    """Find what `resume` names: a checkpoint, a run folder, or, if it is empty, the run in `out`, if there is one.
+
+    Raises FolderError if it is neither or cannot be read, UsageError if nothing is named.
+    """
+    if not resume and out is None:
+        raise UsageError("--resume: expected the folder of a run or a checkpoint, or --out with the run to go on with")
+    path = Path(resume or str(out))
+    if not resume and not (path / "run.json").is_file():
+        return Resumed(folder=None, checkpoint=None, step=0, troubles=[])
+    if (path / "training_info.json").is_file():
+        run = path.parent.parent if path.parent.name == CHECKPOINTS else None
+        checkpoint, troubles = path, list[str]()
+    elif (path / "run.json").is_file():
+        run = path
+        found, troubles = newest(path / CHECKPOINTS)
+        if found is None and resume:
+            why = f" that can be read: {troubles[0]}" if troubles else ""
+            raise FolderError(f"{path}: expected a run with a checkpoint{why}; train with --save-steps")
+        if found is None:
+            return Resumed(folder=path, checkpoint=None, step=0, troubles=troubles)
+        checkpoint = found
+    else:
+        raise FolderError(f"{path}: expected a checkpoint or the folder of a run, found neither there")
+    here = run if run is not None and out in (None, str(run)) else None
+    return Resumed(folder=here, checkpoint=checkpoint, step=check_checkpoint(checkpoint).step, troubles=troubles)
+
+
+def reopen_run(folder: Path) -> Path:
+    """Make a run folder ready to go on in: what its ranks wrote of their ends is put aside."""
+    for number in range(1, 10_000):
+        aside = folder / f"logs.{number}"
+        if not aside.exists():
+            break
+    try:
+        if (folder / "logs").exists():
+            (folder / "logs").rename(aside)
+        (folder / "logs").mkdir()
+    except OSError as error:
+        raise FolderError(f"{folder}: expected to make logs here, got '{error.strerror}'") from error
+    return folder
 
 
 def new_run(out: str | Path | None, *, model: str, plan: Plan) -> Path:
