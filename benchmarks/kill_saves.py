@@ -29,7 +29,7 @@ from meshloom.model.weights import build_part
 from meshloom.parallel.mesh import make_mesh
 from meshloom.plan import Plan
 from meshloom.train.checkpoint import Checkpoints, check_checkpoint, checkpoints
-from results import machine, section, write_section
+from results import section, write_section
 
 CONFIG = GPT2Config(vocab_size=512, n_layer=2, n_head=4, n_embd=128, n_positions=64, bos_token_id=0, eos_token_id=0)
 KEEP = 3
