@@ -16,9 +16,10 @@ from tests.conftest import Meshloom
 OPTIONS = {
     "demo": ["--cluster", "--max-steps", "--out", "--synth-plan"],
     "train": [
-        "--batch-size", "--data", "--device", "--gradient-accumulation", "--json", "--keep-last", "--learning-rate",
+        "--batch-size", "--data", "--device", "--from-scratch", "--gradient-accumulation", "--json", "--keep-last",
+        "--learning-rate",
         "--max-grad-norm", "--max-steps", "--model", "--no-save-initial", "--objective", "--out", "--plan", "--resume",
-        "--save-steps", "--schedule", "--seed",
+        "--save-steps", "--schedule", "--seed", "--shard-cache",
         "--seq-length", "--tokenizer", "--trace", "--trace-active", "--trace-separate", "--trace-stacks",
         "--trace-step", "--virtual-stages", "--weight-decay",
     ],

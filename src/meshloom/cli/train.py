@@ -20,8 +20,11 @@ from meshloom.plan import Plan
 @click.option(
     "--model",
     required=True,
-    help="A preset (gpt2, gpt2-tiny, bert-base-uncased), a config.json, a folder, or a hub id. Weights start random.",
+    help="A preset (gpt2, gpt2-tiny, bert-base-uncased) or a config.json, which start with random weights; a folder or "
+    "a hub id, which start with the weights that are there.",
 )
+@click.option("--from-scratch", is_flag=True, help="Start with random weights, whatever --model holds.")
+@click.option("--shard-cache", help="A folder that keeps each rank's part of the weights of --model for the next time.")
 @click.option("--data", required=True, help="A SQuAD file (.json, .json.gz), 'squad' for the hub's, 'sample' for ours.")
 @click.option("--tokenizer", help="A tokenizer folder, a hub id, or 'bytes'.  [default: that of --model]")
 @click.option("--plan", default="dp1", show_default=True, help="How the work is cut, such as dp2 or tp2.dp2.")
@@ -133,7 +136,7 @@ def train(
         command = {"model": model, "data": data, "plan": plan, "trace": trace, "resume": checkpoint, **options}
         write_facts(folder, config=job.config, plan=job.plan, command=command)
         if not as_json:
-            _announce(job, model, data, num_parameters, folder, resumed)
+            _announce(job, model, data, num_parameters, folder)
     _run(job, folder, device, around, show=not as_json, alone=world is None, is_first=is_first)
     return folder if is_first else None
 
@@ -188,9 +191,10 @@ def _folder(out: str | None, model: str, plan: Plan, resumed: Any) -> Path:
     return new_run(out, model=model, plan=plan)
 
 
-def _announce(job: Any, model: str, data: str, num_parameters: int, folder: Path, resumed: Any) -> None:
+def _announce(job: Any, model: str, data: str, num_parameters: int, folder: Path) -> None:
     world_size = job.plan.world_size
-    weights = f"weights of {resumed.checkpoint}" if resumed and resumed.checkpoint else "random weights"
+    source = job.resume or job.weights
+    weights = "random weights" if source is None else f"weights of {source}"
     click.echo(
         f"{model}: {num_parameters:,} parameters, {weights}, {job.objective} language model; plan {job.plan} "
         f"on {world_size} rank{'s' * (world_size > 1)}; {data}: {len(job.documents):,} documents\nrun folder: {folder}"
@@ -220,17 +224,21 @@ def _job(
     tokenizer: str | None,
     objective: Any,
     gradient_accumulation: int,
+    from_scratch: bool = False,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
     **numbers: Any,
 ) -> Any:
     """What is trained, found and checked before any process is started."""
     from meshloom.model.config import load_config, load_tokenizer, objective_of
+    from meshloom.model.pretrained import find_weights
     from meshloom.train.data import check_tokenizer, load_squad
     from meshloom.train.loop import Job
 
     config = load_config(model)
+    weights = None if from_scratch or numbers.get("resume") else find_weights(model)
     job = Job(
+        weights=None if weights is None else str(weights),
         config=config,
         objective=objective or objective_of(config),
         tokenizer=load_tokenizer(tokenizer or model),

@@ -63,7 +63,7 @@ def load_config(model: str) -> Any:
     expected = f"expected a preset ({', '.join(presets())}), a config.json, a folder that holds one, or a hub id"
     with suppress(OSError, ValueError):
         return AutoConfig.from_pretrained(model, local_files_only=True)
-    with _hub(f"model {model!r}: {expected}", ModelError):
+    with hub(f"model {model!r}: {expected}", ModelError):
         return AutoConfig.from_pretrained(model)
 
 
@@ -106,7 +106,7 @@ def load_tokenizer(tokenizer: str) -> Any:
             ) from error
     with suppress(OSError, ValueError):
         return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    with _hub(f"tokenizer {tokenizer!r}: expected a folder, a hub id, or 'bytes'", DataError):
+    with hub(f"tokenizer {tokenizer!r}: expected a folder, a hub id, or 'bytes'", DataError):
         return AutoTokenizer.from_pretrained(tokenizer)
 
 
@@ -121,7 +121,7 @@ def _byte_tokenizer() -> Any:
 
 
 @contextmanager
-def _hub(expected: str, kind: type[ModelError] | type[DataError]) -> Iterator[None]:
+def hub(expected: str, kind: type[ModelError] | type[DataError]) -> Iterator[None]:
     """Within this, transformers may ask the hub; its failures become one line."""
     # The hub's own client tries five times, a minute long and loudly, before it says that there is no network.
     try:

@@ -23,9 +23,10 @@ Fill = Callable[[Mapping[str, Placed]], None]
 def build_part(config: Any, objective: Objective, *, mesh: Mesh, seed: int, fill: Fill | None = None) -> nn.Module:
     """This rank's part of the model that `build_model` makes of the same seed, on the mesh's device.
 
-    `fill` may give the parameters other values, such as those of a file; then none are drawn. A rank never holds more
-    than its part and one tensor; only where an initialisation cannot be followed, which is warned of, it holds the
-    whole model for a moment. Every rank of the mesh must call this at the same point. Raises ModelError, PlanError.
+    `fill` may give the parameters and saved buffers other values, such as those of a file; then none are drawn. A rank
+    never holds more than its part and one tensor; only where an initialisation cannot be followed, which is warned of,
+    it holds the whole model for a moment. Every rank of the mesh must call this at the same point. Raises ModelError,
+    PlanError.
     """
     model = build_model(config, objective, seed=seed, device="meta")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -49,8 +50,6 @@ def build_part(config: Any, objective: Objective, *, mesh: Mesh, seed: int, fill
         real = Tensor.detach
         for name, placed in held.items():
             placed.put(fake.get_parameter(name).detach().flatten(), 0)
-    if fill is not None:
-        fill(held)
     for module, attribute, tensor in _others(inner, fake):
         # None: what a forward keeps for the next one, and our own forwards while we cut left there
         value = None if tensor is None else real(tensor).to(mesh.device)
@@ -58,6 +57,10 @@ def build_part(config: Any, objective: Objective, *, mesh: Mesh, seed: int, fill
             module._buffers[attribute] = value
         else:
             setattr(module, attribute, value)
+    if fill is not None:
+        saved = inner.state_dict(keep_vars=True)
+        buffers = {name: Placed.whole(buffer) for name, buffer in inner.named_buffers() if name in saved}
+        fill({**held, **buffers})
     for name, parameter in list(inner.named_parameters()):
         _give_memory(parameter, held[name].tensor)
     for module, attribute, hollow in _hollows(inner, fake):

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from meshloom.errors import PlanError, RunFailed
 from meshloom.model.build import build_model, example_batch, num_parameters
 from meshloom.model.config import Objective
+from meshloom.model.pretrained import check_weights, fill_from
 from meshloom.model.step import Batch, make_optimizer, train_step
-from meshloom.model.weights import build_part
+from meshloom.model.weights import Fill, build_part
 from meshloom.parallel.apply import check_plan
 from meshloom.parallel.data import data_parallel
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
+from meshloom.parallel.placement import Placed
 from meshloom.plan import Plan
 from meshloom.train.checkpoint import Checkpoints, TrainingState, check_architecture
 from meshloom.train.data import Document, batches
@@ -53,6 +55,8 @@ class Job:
     keep_last: int | None = None
     save_initial: bool = False
     resume: str | None = None  # the checkpoint to go on from
+    weights: str | None = None  # the folder of the weights to begin with, random ones if None
+    shard_cache: str | None = None  # where each rank's part of them is kept
 
 
 def check_job(job: Job, available_bytes: int | None) -> int:
@@ -67,6 +71,8 @@ def check_job(job: Job, available_bytes: int | None) -> int:
     check_plan(model, job.plan, example_batch(job.objective, micro_batch=1, seq_length=8, device="meta"))
     if job.resume is not None:
         check_architecture(Path(job.resume), model)
+    elif job.weights is not None:
+        check_weights(Path(job.weights), model)
     needed = 16 * num_parameters(model) * job.plan.dp
     if available_bytes is not None and needed > available_bytes:
         raise PlanError(
@@ -139,10 +145,21 @@ def _checkpoints(
 
 
 def _build(job: Job, mesh: Mesh) -> nn.Module:
-    model = build_part(job.config, job.objective, mesh=mesh, seed=job.seed).train()
+    fill: Fill | None = None
+    if job.resume is not None:
+        fill = _leave  # the checkpoint follows
+    elif job.weights is not None:
+        whole = build_model(job.config, job.objective, seed=job.seed, device="meta")
+        cache = None if job.shard_cache is None else Path(job.shard_cache)
+        fill = fill_from(Path(job.weights), whole, mesh=mesh, cache=cache)
+    model = build_part(job.config, job.objective, mesh=mesh, seed=job.seed, fill=fill).train()
     # Ranks of one tensor-parallel group draw the same dropout masks, or their copies of the residual would part.
     torch.manual_seed(job.seed + 1 + mesh.index("dp"))
     return model
+
+
+def _leave(held: Mapping[str, Placed]) -> None:
+    """Fill nothing."""
 
 
 def _micro_batches(job: Job, mesh: Mesh, read: int) -> Iterator[list[Batch]]:
