@@ -24,7 +24,7 @@ from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.plan import Plan
-from meshloom.train.data import Document, batches
+from meshloom.train.data import Stream, batches
 from meshloom.train.metrics import Reporter
 
 # A hook for each rank: given the mesh and the model, it returns what stands around step number s. Capture is one.
@@ -33,12 +33,14 @@ AroundStep = Callable[[Mesh, nn.Module], Callable[[int], AbstractContextManager[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is trained, on what; `batch_size` is that of one rank's micro-batch."""
+    """What is trained, on what; `batch_size` is that of one rank's micro-batch.
+
+    `stream` is None until the data is tokenised, which comes after every check that is cheaper.
+    """
 
     config: Any
     objective: Objective
     tokenizer: Any
-    documents: list[Document]
     plan: Plan
     max_steps: int
     batch_size: int
@@ -47,6 +49,7 @@ class Job:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    stream: Stream | None = None
 
 
 def check_job(job: Job, available_bytes: int | None) -> int:
@@ -106,15 +109,9 @@ def _build(job: Job, mesh: Mesh) -> nn.Module:
 
 
 def _micro_batches(job: Job, mesh: Mesh) -> Iterator[list[Batch]]:
+    assert job.stream is not None
     stream = batches(
-        job.documents,
-        job.tokenizer,
-        job.objective,
-        seq_length=job.seq_length,
-        batch_size=job.batch_size,
-        rank=mesh.index("dp"),
-        num_ranks=mesh.degree("dp"),
-        seed=job.seed,
+        job.stream, batch_size=job.batch_size, rank=mesh.index("dp"), num_ranks=mesh.degree("dp"), first_sequence=0
     )
     while True:
         yield [_to(batch, mesh.device) for batch in islice(stream, job.plan.num_micro_batches)]
