@@ -36,6 +36,7 @@ else:
 REASONS = ("bad line", "empty", "too short", "too long", "equal", "similar", "over ratio")
 _SHINGLE = 8  # characters; Korean has no words that whitespace would tell apart, and English does not mind
 _NUM_HASHES = 128
+_MISSES = (0.05, 0.95)  # what a false pair costs, which only has to be looked at, and a missed one
 
 Progress = Callable[[str, float], None]
 
@@ -211,7 +212,7 @@ def _without_similar(
             "near: expected the package datasketch, which finds similar documents; install meshloom[data], or remove "
             "near from the recipe"
         ) from error
-    index = MinHashLSH(threshold=recipe.near, num_perm=_NUM_HASHES)
+    index = MinHashLSH(threshold=recipe.near, num_perm=_NUM_HASHES, weights=_MISSES)
     num_texts = sum(map(len, kept))
     left: list[list[_Text]] = []
     done = 0

@@ -63,6 +63,11 @@ def train_tokenizer(
     except (DataError, FolderError):
         raise
     except Exception as error:  # the trainers raise plain Exceptions, with what was wrong in them
+        if "not large enough to contain all chars" in str(error):
+            raise DataError(
+                f"tokenizer: expected a larger --vocab-size than {vocab_size}: unigram keeps every character of the "
+                "text; give more, or use --kind bpe"
+            ) from error
         raise DataError(f"tokenizer: expected text to train {kind} on, the trainer says: {error}") from error
     _save(tokenizer, out)
     return int(tokenizer.get_vocab_size(with_added_tokens=True)), tally.num_bad
