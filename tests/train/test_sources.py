@@ -203,13 +203,16 @@ def _datasets(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[tuple[Any, .
 
     def load_dataset(*names: Any, split: str) -> Any:
         calls.append((*names, split))
+        assert module.config.HF_HUB_OFFLINE, "without a hub, only the cache is asked"
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     module.exceptions = types.SimpleNamespace(DatasetNotFoundError=FileNotFoundError)  # type: ignore[attr-defined]
+    module.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # no hub, and at once
     return calls
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,12 +184,11 @@ def hub_rows(name: str) -> Any:
             f"data '{name}': expected the package datasets, which fetches it from the hub; install "
             "meshloom[data], or give a file"
         ) from error
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     dataset, _, configuration = name.partition("@")
     try:
-        return datasets.load_dataset(dataset, configuration or None, split="train")
-    except (OSError, ValueError, RuntimeError, OfflineModeIsEnabled) as error:
+        with _hub_or_cache():
+            return datasets.load_dataset(dataset, configuration or None, split="train")
+    except (OSError, ValueError, RuntimeError) as error:  # datasets wraps every failure of the network in one of these
         said = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, datasets.exceptions.DatasetNotFoundError) or "onfig name" in said:
             raise DataError(f"data '{name}': expected a dataset of the hub; datasets says: {said}") from error
@@ -195,6 +196,25 @@ def hub_rows(name: str) -> Any:
             f"data '{name}': expected to fetch it from the hub, which cannot be reached ({said[:100]}); give a file "
             "such as train-v1.1.json or corpus.jsonl, or 'sample'"
         ) from error
+
+
+@contextmanager
+def _hub_or_cache() -> Iterator[None]:
+    """Within this, datasets asks the hub if it answers; else only its cache, without trying again for half a minute."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _field(row: dict[str, Any], where: str, reading: Reading, tally: Tally) -> str | None:
