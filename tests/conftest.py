@@ -20,6 +20,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 Meshloom = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tokenised data goes in tests, also in the processes that they start: never the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["MESHLOOM_CACHE_DIR"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The real inputs; skips where they are absent, as on a user's machine."""

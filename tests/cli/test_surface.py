@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click import Group
 from click.testing import CliRunner
 
 from meshloom.cli.__main__ import COMMANDS, cli
@@ -16,13 +17,15 @@ from tests.conftest import Meshloom
 OPTIONS = {
     "demo": ["--cluster", "--max-steps", "--out", "--synth-plan"],
     "train": [
-        "--batch-size", "--data", "--device", "--from-scratch", "--gradient-accumulation", "--json", "--keep-last",
-        "--learning-rate",
+        "--batch-size", "--cache-dir", "--data", "--device", "--from-scratch", "--gradient-accumulation", "--json",
+        "--keep-last", "--learning-rate",
         "--max-grad-norm", "--max-steps", "--model", "--no-save-initial", "--objective", "--out", "--plan", "--resume",
-        "--save-steps", "--schedule", "--seed", "--shard-cache",
+        "--save-steps", "--schedule", "--seed", "--shard-cache", "--skip-bad-lines", "--text-field",
         "--seq-length", "--tokenizer", "--trace", "--trace-active", "--trace-separate", "--trace-stacks",
         "--trace-step", "--virtual-stages", "--weight-decay",
     ],
+    "data prepare": ["--force", "--json", "--out"],
+    "tokenizer train": ["--data", "--json", "--kind", "--out", "--skip-bad-lines", "--text-field", "--vocab-size"],
     "capture": ["--json", "--out", "--rank"],
     "parallelize": ["--certify", "--dtype", "--explain", "--gradient-accumulation", "--layers", "--model",
                     "--objective", "--out", "--plan", "--schedule", "--virtual-stages"],
@@ -43,13 +46,17 @@ def test_the_surface_is_pinned() -> None:
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command is not None
-        found[name] = sorted(option for item in command.params for option in item.opts if option.startswith("--"))
+        below = (
+            {f"{name} {part}": item for part, item in command.commands.items()} if isinstance(command, Group) else {}
+        )
+        for full, part in (below or {name: command}).items():
+            found[full] = sorted(option for item in part.params for option in item.opts if option.startswith("--"))
     assert found == OPTIONS
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *(name for name in OPTIONS if " " in name)])
 def test_every_command_has_help_with_an_example(name: str) -> None:
-    text = CliRunner().invoke(cli, [name, "--help"]).output
+    text = CliRunner().invoke(cli, [*name.split(), "--help"]).output
     assert f"meshloom {name}" in text.partition("Example")[2]
 
 
@@ -87,7 +94,13 @@ TRAIN = ("train", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--data", "sam
         ((*TRAIN, "--out", "file"), "expected to make a folder here"),
         ((*TRAIN, "--out", "full"), "expected a new or empty folder"),
         ((*TRAIN, "--data", "missing.json"), "there is no such file"),
-        ((*TRAIN, "--data", "file"), "expected JSON in SQuAD format"),
+        ((*TRAIN, "--data", "file"), "rename it or convert it"),
+        ((*TRAIN, "--data", "no-squad.json"), "expected JSON in SQuAD format"),
+        ((*TRAIN, "--data", "sample:1"), "with every --data or with none"),
+        (("data", "prepare", "missing.toml", "--out", "a.jsonl"), "expected a recipe (TOML)"),
+        (("data", "prepare", "file", "--out", "a.jsonl"), "expected a recipe with [[source]] tables"),
+        (("tokenizer", "train", "--data", "sample", "--vocab-size", "9", "--out", "new"), "expected at least 262"),
+        (("tokenizer", "train", "--data", "sample", "--vocab-size", "300", "--out", "full"), "a new or empty folder"),
         ((*TRAIN, "--data", "other.json"), "got no 'data'"),
         ((*TRAIN, "--data", "zero.json"), "at least one question"),
         ((*TRAIN, "--model", "./missing"), "no such path"),
@@ -119,6 +132,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "full" / "something").write_text("")
     (tmp_path / "other.json").write_text('{"a": 1}')
     (tmp_path / "zero.json").write_text('{"data": []}')
+    (tmp_path / "no-squad.json").write_text("no JSON")
     (tmp_path / "odd.json").write_text('{"model_type": "no-such-type"}')
     before = sorted(tmp_path.rglob("*"))
     assert _run(list(arguments)) == 2

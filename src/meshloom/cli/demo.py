@@ -33,7 +33,7 @@ def command(out: str | None, max_steps: int, synth_plan: str, cluster: str) -> N
     click.echo("1. train on two ranks, record one step on each")
     folder = train_command.train(
         model="gpt2-tiny",
-        data="sample",
+        data=("sample",),
         tokenizer="bytes",
         plan="dp2",
         max_steps=max_steps,

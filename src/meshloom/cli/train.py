@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import click
 
 from meshloom.chakra.check import check
 from meshloom.chakra.file import read_all
+from meshloom.cli.data import DUMMY, open_stream
 from meshloom.errors import FolderError, MeshloomError, UsageError
 from meshloom.plan import Plan
+from meshloom.train.sources import SAMPLE, Reading, find_sources
 
 
 @click.command()
@@ -25,7 +28,15 @@ from meshloom.plan import Plan
 )
 @click.option("--from-scratch", is_flag=True, help="Start with random weights, whatever --model holds.")
 @click.option("--shard-cache", help="A folder that keeps each rank's part of the weights of --model for the next time.")
-@click.option("--data", required=True, help="A SQuAD file (.json, .json.gz), 'squad' for the hub's, 'sample' for ours.")
+@click.option(
+    "--data",
+    multiple=True,
+    help="A file (.json of SQuAD, .jsonl, .txt, .parquet), a folder, a hub id such as squad, or 'sample'; several with "
+    "shares: a.jsonl:0.7.  [default: a dummy set]",
+)
+@click.option("--text-field", default="text", show_default=True, help="The field of a line or row that holds the text.")
+@click.option("--skip-bad-lines", is_flag=True, help="Count lines that cannot be read, instead of ending.")
+@click.option("--cache-dir", help="Where tokenised data is kept.  [default: MESHLOOM_CACHE_DIR, or ~/.cache/meshloom]")
 @click.option("--tokenizer", help="A tokenizer folder, a hub id, or 'bytes'.  [default: that of --model]")
 @click.option("--plan", default="dp1", show_default=True, help="How the work is cut, such as dp2 or tp2.dp2.")
 @click.option("--max-steps", default=10, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
@@ -88,7 +99,6 @@ def command(**options: Any) -> None:
 def train(
     *,
     model: str,
-    data: str,
     plan: str,
     out: str | None,
     device: str = "auto",
@@ -107,7 +117,6 @@ def train(
     _check_saving(options)
 
     from meshloom.parallel.launch import world_from_environment
-    from meshloom.train.loop import check_job
     from meshloom.train.runs import write_facts
 
     world = world_from_environment()
@@ -119,10 +128,11 @@ def train(
     begun = resumed.step if resumed else 0
     first_traced = _first_traced(trace_step, trace_active, options["max_steps"], begun)
     checkpoint = str(resumed.checkpoint) if resumed and resumed.checkpoint else None
-    save: dict[str, Any] = {"save_initial": not no_save_initial, "resume": checkpoint}
-    job = _job(model=model, data=data, plan=cut, **save, **options)
-    num_parameters = check_job(job, _free_memory() if world is None and device != "cuda" else None)
     is_first = world is None or world[0] == 0
+    options |= {} if options.get("data") else _dummy(options)
+    free = _free_memory() if world is None and device != "cuda" else None
+    save: dict[str, Any] = {"save_initial": not no_save_initial, "resume": checkpoint}
+    job, num_parameters = _job(model=model, plan=cut, free=free, show=is_first, quiet=as_json, **save, **options)
     folder = _folder(out, model, cut, resumed) if is_first else Path(str(out))
     recording = {
         "step": first_traced - 1,
@@ -133,10 +143,10 @@ def train(
     }
     around = _recorder(folder, cut, recording) if trace else None
     if is_first:
-        command = {"model": model, "data": data, "plan": plan, "trace": trace, "resume": checkpoint, **options}
+        command = {"model": model, "plan": plan, "trace": trace, "resume": checkpoint, **options}
         write_facts(folder, config=job.config, plan=job.plan, command=command)
         if not as_json:
-            _announce(job, model, data, num_parameters, folder)
+            _announce(job, model, num_parameters, folder)
     _run(job, folder, device, around, show=not as_json, alone=world is None, is_first=is_first)
     return folder if is_first else None
 
@@ -191,13 +201,13 @@ def _folder(out: str | None, model: str, plan: Plan, resumed: Any) -> Path:
     return new_run(out, model=model, plan=plan)
 
 
-def _announce(job: Any, model: str, data: str, num_parameters: int, folder: Path) -> None:
+def _announce(job: Any, model: str, num_parameters: int, folder: Path) -> None:
     world_size = job.plan.world_size
     source = job.resume or job.weights
     weights = "random weights" if source is None else f"weights of {source}"
     click.echo(
         f"{model}: {num_parameters:,} parameters, {weights}, {job.objective} language model; plan {job.plan} "
-        f"on {world_size} rank{'s' * (world_size > 1)}; {data}: {len(job.documents):,} documents\nrun folder: {folder}"
+        f"on {world_size} rank{'s' * (world_size > 1)}\nrun folder: {folder}"
     )
 
 
@@ -216,25 +226,38 @@ def _first_traced(step: int | None, active: int, max_steps: int, begun: int) -> 
     return first
 
 
+def _dummy(options: dict[str, Any]) -> dict[str, Any]:
+    """A dummy set needs nothing from elsewhere: it comes with a tokenizer that every model has room for."""
+    return {"data": [SAMPLE], "tokenizer": options.get("tokenizer") or "bytes", "dummy": True}
+
+
 def _job(
     *,
     model: str,
-    data: str,
     plan: Plan,
+    free: int | None,
+    show: bool,
+    quiet: bool,
+    data: Sequence[str],
     tokenizer: str | None,
     objective: Any,
     gradient_accumulation: int,
     from_scratch: bool = False,
+    dummy: bool = False,
+    text_field: str = "text",
+    skip_bad_lines: bool = False,
+    cache_dir: str | None = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
     **numbers: Any,
-) -> Any:
-    """What is trained, found and checked before any process is started."""
+) -> tuple[Any, int]:
+    """What is trained, and how many parameters it has; found, checked and tokenised before any process is started."""
     from meshloom.model.config import load_config, load_tokenizer, objective_of
     from meshloom.model.pretrained import find_weights
-    from meshloom.train.data import check_tokenizer, load_squad
-    from meshloom.train.loop import Job
+    from meshloom.train.data import check_tokenizer
+    from meshloom.train.loop import Job, check_job
 
+    sources = find_sources(data)
     config = load_config(model)
     weights = None if from_scratch or numbers.get("resume") else find_weights(model)
     job = Job(
@@ -242,12 +265,16 @@ def _job(
         config=config,
         objective=objective or objective_of(config),
         tokenizer=load_tokenizer(tokenizer or model),
-        documents=load_squad(data),
         plan=replace(plan, num_micro_batches=gradient_accumulation, schedule=schedule, virtual_stages=virtual_stages),
         **numbers,
     )
     check_tokenizer(job.tokenizer, config, job.objective)
-    return job
+    num_parameters = check_job(job, free)
+    if dummy and show:
+        click.echo(DUMMY, err=True)
+    reading = Reading(text_field=text_field, skip_bad_lines=skip_bad_lines)
+    stream = open_stream(sources, job, reading=reading, cache_dir=cache_dir, show=show, quiet=quiet)
+    return replace(job, stream=stream), num_parameters
 
 
 def _recorder(folder: Path, plan: Plan, recording: dict[str, Any]) -> Any:

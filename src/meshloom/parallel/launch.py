@@ -42,6 +42,12 @@ def world_from_environment() -> tuple[int, int] | None:
     return None
 
 
+def cache_folder() -> Path:
+    """Where what is slow to make is kept: MESHLOOM_CACHE_DIR, or meshloom in the cache folder of the user."""
+    chosen = os.environ.get("MESHLOOM_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meshloom"
+
+
 def run_ranks(function: Callable[..., None], *args: Any, num_ranks: int, log_dir: Path) -> None:
     """Run `function(*args)` on `num_ranks` ranks of this host and wait; `function` opens its own `rank_context`.
 

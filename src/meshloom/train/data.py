@@ -1,103 +1,119 @@
-"""From a file in SQuAD format to batches of token ids. Documents are tokenised when they are needed, in a seeded order.
+"""From tokenised shards to batches: every sequence of a run has a number, and the number alone decides what it holds.
 
-Every data-parallel rank walks the same stream of sequences and keeps its own, so the global batch does not depend on
-how many ranks there are. GPT-2 style models read question and context, packed; BERT style ones a pair, padded.
+So a run goes on from any position, on any number of ranks, and the sequences of a step do not depend on the plan.
+Causal models read documents packed without padding. Masked ones read pairs, [CLS] question [SEP] context [SEP], cut or
+padded to one sequence, and other text packed between [CLS] and [SEP]; what is masked is drawn from the number too.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from meshloom.errors import DataError, OfflineError
+from meshloom.errors import DataError
+from meshloom.model.config import Objective
 from meshloom.model.step import Batch
+from meshloom.train.order import mixed, permuted, turns
+from meshloom.train.shards import Shard
 
-SAMPLE = "sample"  # the name of the dataset that Meshloom ships
-_CHUNK = 256  # documents tokenised at a time
 _IGNORED = -100  # the label that the loss of every HF model leaves out
 _MASKED_SHARE = 0.15  # Devlin et al. 2019, section 3.1: 80 % become [MASK], 10 % a random token, 10 % stay
+_BLOCK = 1024  # positions whose places are computed at a time
+
+Row = dict[str, NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """A question and the paragraph that answers it."""
+class Frame:
+    """The ids around the text of a masked sequence, and those that masking needs."""
 
-    question: str
-    context: str
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    mask: int
+    pad: int
+    num_ids: int
+
+    @property
+    def num_around(self) -> int:
+        """Special tokens of a pair."""
+        return len(self.before) + len(self.between) + len(self.after)
 
 
-def load_squad(data: str) -> list[Document]:
-    """The documents of a SQuAD file (.json or .json.gz), of the shipped `sample`, or of the hub's `squad`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The shards of one source, and its share of the sequences."""
 
-    Raises DataError naming the file and what was expected, OfflineError if the hub is needed and out of reach.
+    shards: tuple[Shard, ...]
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """The endless sequences of a run: what they are read from, and all that decides their order."""
+
+    parts: tuple[Part, ...]
+    seq_length: int
+    seed: int
+    frame: Frame | None  # None for causal models
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of an epoch: as many as the data holds, also where shares let some come twice and some not."""
+        return sum(_Reader(part, self).num_sequences for part in self.parts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the data holds."""
+        return sum(shard.num_tokens for part in self.parts for shard in part.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that the data holds."""
+        return sum(shard.num_documents for part in self.parts for shard in part.shards)
+
+
+def make_stream(
+    shards: Sequence[Sequence[Shard]],
+    weights: Sequence[float | None],
+    tokenizer: Any,
+    objective: Objective,
+    *,
+    seq_length: int,
+    seed: int,
+) -> Stream:
+    """The stream of each source's shards by the sources' weights; without weights, each sequence comes once an epoch.
+
+    Raises DataError if a source holds not one sequence, or a sequence has no room for text.
     """
-    if data == "squad" and not Path(data).exists():
-        return _from_hub()
-    if data == SAMPLE:
-        raw, where = (resources.files("meshloom") / "data" / "squad-sample.json").read_bytes(), SAMPLE
-    else:
-        raw, where = _file_bytes(Path(data)), data
-    try:
-        table = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{where}: expected JSON in SQuAD format, got '{error}'") from error
-    documents = list(_documents(table, where))
-    if not documents:
-        raise DataError(f"{where}: expected at least one question, the file holds none")
-    return documents
-
-
-def _file_bytes(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except FileNotFoundError as error:
+    weighted = [(tuple(of_one), weight) for of_one, weight in zip(shards, weights) if weight is not None]
+    if not weighted:
+        weighted = [(tuple(shard for of_one in shards for shard in of_one), 1.0)]
+    stream = Stream(
+        parts=tuple(Part(shards=of_one, weight=weight) for of_one, weight in weighted),
+        seq_length=seq_length,
+        seed=seed,
+        frame=_frame(tokenizer) if objective == "masked" else None,
+    )
+    if stream.frame is not None and seq_length <= stream.frame.num_around:
         raise DataError(
-            f"{path}: expected a SQuAD file (.json or .json.gz), 'squad' for the hub's, or 'sample' for "
-            "the one that Meshloom ships; there is no such file"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: expected a readable SQuAD file, got '{error}'") from error
-
-
-def _documents(table: Any, where: str) -> Iterator[Document]:
-    try:
-        for article in table["data"]:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield Document(question=str(question["question"]), context=str(paragraph["context"]))
-    except (KeyError, TypeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else "another layout"
-        raise DataError(
-            f"{where}: expected SQuAD format, data[].paragraphs[] with context and qas[].question, got {what}"
-        ) from error
-
-
-def _from_hub() -> list[Document]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            "data 'squad': expected the package datasets, which fetches it from the hub; install "
-            "meshloom[data], or give a SQuAD file"
-        ) from error
-    try:
-        rows = datasets.load_dataset("squad", split="train")
-    except (OSError, ValueError, RuntimeError) as error:  # datasets wraps every network failure in one of these
-        raise OfflineError(
-            "data 'squad': expected to fetch it from the hub, which cannot be reached; give a SQuAD "
-            "file such as train-v1.1.json, or 'sample'"
-        ) from error
-    return [Document(question=row["question"], context=row["context"]) for row in rows]
+            f"--seq-length {seq_length}: expected more than {stream.frame.num_around}, the special tokens of a sequence"
+        )
+    for part in stream.parts:
+        if not _Reader(part, stream).num_sequences:
+            name = part.shards[0].name if weights[0] is not None else "data"
+            raise DataError(
+                f"{name}: expected at least one sequence of {seq_length} tokens, the documents hold fewer; "
+                "use a smaller --seq-length or more data"
+            )
+    return stream
 
 
 def check_tokenizer(tokenizer: Any, config: Any, objective: str) -> None:
@@ -107,99 +123,154 @@ def check_tokenizer(tokenizer: Any, config: Any, objective: str) -> None:
             f"tokenizer: expected at most {config.vocab_size} tokens, which is the model's vocabulary, got "
             f"{len(tokenizer)}; use the model's own tokenizer"
         )
-    needed = ("mask_token_id", "cls_token_id", "sep_token_id") if objective == "masked" else ("eos_token_id",)
+    masked = ("mask_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
+    needed = masked if objective == "masked" else ("eos_token_id",)
     missing = [name.removesuffix("_id") for name in needed if getattr(tokenizer, name, None) is None]
     if missing:
         raise DataError(f"tokenizer: expected a {missing[0]}, which a {objective} model needs; use the model's own")
 
 
-def batches(
-    documents: list[Document],
-    tokenizer: Any,
-    objective: str,
-    *,
-    seq_length: int,
-    batch_size: int,
-    rank: int,
-    num_ranks: int,
-    seed: int,
-) -> Iterator[Batch]:
+def batches(stream: Stream, *, batch_size: int, rank: int, num_ranks: int, first_sequence: int = 0) -> Iterator[Batch]:
     """Endless batches for data-parallel rank `rank` of `num_ranks`: int64 (batch_size, seq_length) tensors on the CPU.
 
-    Sequence i of the stream goes to rank i mod num_ranks. Raises DataError if the documents hold not one sequence.
+    The first batch begins at sequence `first_sequence`, each takes num_ranks * batch_size of them; sequence i of these
+    goes to rank i mod num_ranks.
     """
-    make = _packed if objective == "causal" else _pairs
-    epoch = 0
-    rows: list[dict[str, Tensor]] = []
-    index = 0
+    sequences = Sequences(stream)
+    for begin in _count(first_sequence + rank, num_ranks * batch_size):
+        rows = [sequences.row(begin + place * num_ranks) for place in range(batch_size)]
+        yield {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def _count(first: int, step: int) -> Iterator[int]:
     while True:
-        before = index
-        generator = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(len(documents), generator=generator).tolist()
-        for row in make([documents[i] for i in order], tokenizer, seq_length):
-            # masks come from the sequence's place in the stream, so they do not depend on the number of ranks
-            mine = index % num_ranks == rank
-            index += 1
-            if not mine:
-                continue
-            rows.append(row if objective == "causal" else _mask(row, tokenizer, seed + index))
-            if len(rows) == batch_size:
-                yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-                rows = []
-        if index == before:
-            raise DataError(
-                f"data: expected at least one sequence of {seq_length} tokens, the documents hold fewer; "
-                "use a smaller --seq-length or more data"
-            )
-        epoch += 1
+        yield first
+        first += step
 
 
-def _packed(documents: list[Document], tokenizer: Any, seq_length: int) -> Iterator[dict[str, Tensor]]:
-    """Question and context, ended by the end-of-text token, joined and cut into whole sequences."""
-    left: list[int] = []
-    for chunk in _chunks(documents):
-        texts = [f"{document.question} {document.context}" for document in chunk]
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            left += [*ids, tokenizer.eos_token_id]
-            while len(left) >= seq_length:
-                ids_now = torch.tensor(left[:seq_length])
-                left = left[seq_length:]
-                yield {"input_ids": ids_now, "labels": ids_now.clone()}
+class Sequences:
+    """A stream with its files mapped into memory."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._readers = [
+            _Reader(part, stream, seed=mixed(stream.seed, place)) for place, part in enumerate(stream.parts)
+        ]
+        self._turns = turns([part.weight for part in stream.parts])
+
+    def row(self, number: int) -> Row:
+        """What sequence `number` gives the model: argument names -> int64 (seq_length,)."""
+        part, turn = self._turns.at(number)
+        row = self._readers[part].row(turn)
+        return row if self._stream.frame is None else _mask(row, self._stream.frame, self._stream.seed, number)
 
 
-def _pairs(documents: list[Document], tokenizer: Any, seq_length: int) -> Iterator[dict[str, Tensor]]:
-    """[CLS] question [SEP] context [SEP], cut or padded to one sequence."""
-    for chunk in _chunks(documents):
-        encoded = tokenizer(
-            [document.question for document in chunk],
-            [document.context for document in chunk],
-            truncation=True,
-            max_length=seq_length,
-            padding="max_length",
-            verbose=False,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
-        for ids, mask, special in zip(encoded["input_ids"], encoded["attention_mask"], encoded["special_tokens_mask"]):
-            yield {"input_ids": ids, "attention_mask": mask, "special": special}
+class _Reader:
+    """The sequences of one part: those packed from text, then the pairs."""
+
+    def __init__(self, part: Part, stream: Stream, *, seed: int = 0) -> None:
+        self._seed = seed
+        self._length, self._frame = stream.seq_length, stream.frame
+        around = len(self._frame.before) + len(self._frame.after) if self._frame else 0
+        self._width = stream.seq_length - around
+        texts = [shard for shard in part.shards if shard.layout == "text"]
+        pairs = [shard for shard in part.shards if shard.layout == "pairs"]
+        self._texts, self._pairs = [shard.tokens() for shard in texts], [shard.tokens() for shard in pairs]
+        self._ends = [shard.ends() for shard in pairs]
+        self._text_starts = [0, *accumulate(shard.num_tokens for shard in texts)]
+        self._pair_starts = [0, *accumulate(shard.num_segments // 2 for shard in pairs)]
+        self._num_packed = self._text_starts[-1] // self._width
+        self.num_sequences = self._num_packed + self._pair_starts[-1]
+        self._block: tuple[int, int, NDArray[np.uint64]] | None = None
+
+    def row(self, turn: int) -> Row:
+        """The sequence of the part's `turn`: each comes once an epoch, in an order of that epoch."""
+        place = self._place(turn)
+        if place >= self._num_packed:
+            return self._pair(place - self._num_packed)
+        ids = self._packed(place)
+        if self._frame is None:
+            return {"input_ids": ids, "labels": ids.copy()}
+        ids = np.concatenate([self._frame.before, ids, self._frame.after])
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+    def _place(self, turn: int) -> int:
+        epoch, index = divmod(turn, self.num_sequences)
+        block = index // _BLOCK
+        if self._block is None or self._block[:2] != (epoch, block):
+            indices = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.num_sequences), dtype=np.uint64)
+            self._block = (epoch, block, permuted(indices, self.num_sequences, seed=mixed(self._seed, epoch)))
+        return int(self._block[2][index % _BLOCK])
+
+    def _packed(self, place: int) -> NDArray[np.int64]:
+        """Tokens of the shards, joined, from place * width on."""
+        begin = place * self._width
+        ids = np.empty(self._width, np.int64)
+        filled = 0
+        shard = bisect_right(self._text_starts, begin) - 1
+        while filled < self._width:
+            inside = begin + filled - self._text_starts[shard]
+            piece = self._texts[shard][inside : inside + self._width - filled]
+            ids[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            shard += 1
+        return ids
+
+    def _pair(self, index: int) -> Row:
+        assert self._frame is not None
+        shard = bisect_right(self._pair_starts, index) - 1
+        first = 2 * (index - self._pair_starts[shard])
+        ends = self._ends[shard]
+        begin, middle, end = (int(ends[first + place]) if first + place >= 0 else 0 for place in (-1, 0, 1))
+        frame, tokens = self._frame, self._pairs[shard]
+        room = self._length - frame.num_around
+        question, context = _cut(middle - begin, end - middle, room)
+        filled = np.concatenate(
+            [frame.before, tokens[begin : begin + question], frame.between, tokens[middle : middle + context],
+             frame.after]
+        )  # fmt: skip
+        ids = np.full(self._length, frame.pad, np.int64)
+        ids[: len(filled)] = filled
+        return {"input_ids": ids, "attention_mask": (np.arange(self._length) < len(filled)).astype(np.int64)}
 
 
-def _mask(row: dict[str, Tensor], tokenizer: Any, seed: int) -> dict[str, Tensor]:
-    """BERT's masking of one sequence, drawn from `seed`; at least one token is masked."""
-    generator = torch.Generator().manual_seed(seed)
+def _cut(first: int, second: int, room: int) -> tuple[int, int]:
+    """Lengths of two texts that fit: the longer one is cut first, then both to halves, as HF's longest_first does."""
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (short, room - short) if first <= second else (room - short, short)
+
+
+def _frame(tokenizer: Any) -> Frame:
+    """The tokenizer's own template of a pair; [CLS] and [SEP] where it has none."""
+    around: dict[str, tuple[int, ...]] = {
+        "before": (tokenizer.cls_token_id,),
+        "between": (tokenizer.sep_token_id,),
+        "after": (tokenizer.sep_token_id,),
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    encoded = backend.encode("a", "b") if backend is not None else None
+    if encoded is not None and None in encoded.sequence_ids:
+        ids, owner = encoded.ids, encoded.sequence_ids
+        first, second = owner.index(0), owner.index(1)
+        first_end, second_end = first + owner.count(0), second + owner.count(1)
+        around = {"before": (*ids[:first],), "between": (*ids[first_end:second],), "after": (*ids[second_end:],)}
+    return Frame(**around, mask=tokenizer.mask_token_id, pad=tokenizer.pad_token_id, num_ids=len(tokenizer))
+
+
+def _mask(row: Row, frame: Frame, seed: int, number: int) -> Row:
+    """BERT's masking of one sequence, drawn from the seed and the sequence's number; at least one token is masked."""
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
     ids = row["input_ids"]
-    draw = torch.rand(ids.shape, generator=generator)
-    draw[(row["special"] != 0) | (row["attention_mask"] == 0)] = 2.0
+    draw = random.random(len(ids))
+    for special in {*frame.before, *frame.between, *frame.after}:
+        draw[ids == special] = 2.0
+    draw[row["attention_mask"] == 0] = 2.0
     chosen = draw < _MASKED_SHARE
     chosen[draw.argmin()] = True
-    how = torch.rand(ids.shape, generator=generator)
-    random_ids = torch.randint(len(tokenizer), ids.shape, generator=generator)
-    masked = torch.where(chosen & (how < 0.8), tokenizer.mask_token_id, ids)
-    masked = torch.where(chosen & (how >= 0.9), random_ids, masked)
-    labels = torch.where(chosen, ids, _IGNORED)
-    return {"input_ids": masked, "attention_mask": row["attention_mask"], "labels": labels}
-
-
-def _chunks(documents: list[Document]) -> Iterator[list[Document]]:
-    for begin in range(0, len(documents), _CHUNK):
-        yield documents[begin : begin + _CHUNK]
+    how = random.random(len(ids))
+    others = random.integers(frame.num_ids, size=len(ids))
+    masked = np.where(chosen & (how < 0.8), frame.mask, ids)
+    masked = np.where(chosen & (how >= 0.9), others, masked)
+    return {**row, "input_ids": masked, "labels": np.where(chosen, ids, _IGNORED)}

@@ -28,7 +28,7 @@ from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.placement import Placed
 from meshloom.plan import Plan
 from meshloom.train.checkpoint import Checkpoints, TrainingState, check_architecture
-from meshloom.train.data import Document, batches
+from meshloom.train.data import Stream, batches
 from meshloom.train.metrics import Reporter
 
 # A hook for each rank: given the mesh and the model, it returns what stands around step number s. Capture is one.
@@ -37,12 +37,14 @@ AroundStep = Callable[[Mesh, nn.Module], Callable[[int], AbstractContextManager[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is trained, on what; `batch_size` is that of one rank's micro-batch."""
+    """What is trained, on what; `batch_size` is that of one rank's micro-batch.
+
+    `stream` is None until the data is tokenised, which comes after every check that is cheaper.
+    """
 
     config: Any
     objective: Objective
     tokenizer: Any
-    documents: list[Document]
     plan: Plan
     max_steps: int
     batch_size: int
@@ -51,6 +53,7 @@ class Job:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    stream: Stream | None = None
     save_steps: int = 0  # 0: never
     keep_last: int | None = None
     save_initial: bool = False
@@ -164,23 +167,14 @@ def _leave(held: Mapping[str, Placed]) -> None:
 
 def _micro_batches(job: Job, mesh: Mesh, read: int) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each step, after the first `read` sequences of the stream of all ranks."""
-    batch = job.batch_size * mesh.degree("dp")
-    if read % batch:
-        raise PlanError(
-            f"resume: expected batches of all ranks that divide the {read} sequences read so far, got {batch}; "
-            "use the batch size and data-parallel degree of before, or others that divide it"
-        )
+    assert job.stream is not None
     stream = batches(
-        job.documents,
-        job.tokenizer,
-        job.objective,
-        seq_length=job.seq_length,
+        job.stream,
         batch_size=job.batch_size,
         rank=mesh.index("dp"),
         num_ranks=mesh.degree("dp"),
-        seed=job.seed,
+        first_sequence=read,
     )
-    stream = islice(stream, read // batch, None)
     while True:
         yield [_to(batch, mesh.device) for batch in islice(stream, job.plan.num_micro_batches)]
 

@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from meshloom.chakra.file import whole_file
 from meshloom.errors import FolderError, UsageError
 from meshloom.plan import Plan
 from meshloom.train.checkpoint import check_checkpoint, newest
+from meshloom.train.processes import find_process
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
+STOP = "stop"  # the file by which a run is asked to end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,83 @@ def set_state(folder: Path, state: str, **facts: Any) -> None:
     """Set the state in run.json: finished, failed or stopped, with the time and `facts`."""
     path = folder / "run.json"
     _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "state": state, "ended": _now(), **facts})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What is known of a run, by its folder: `state` is starting, running, finished, failed or stopped.
+
+    A run that says it is running while its process is gone has failed. `arguments` are those of `meshloom train`.
+    """
+
+    name: str
+    folder: Path
+    state: str
+    started: str
+    ended: str
+    reason: str
+    step: int
+    max_steps: int
+    loss: float | None
+    process: dict[str, Any] | None
+    arguments: list[str]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process is there."""
+        return self.state in ("starting", "running")
+
+    def facts(self) -> dict[str, Any]:
+        """Everything, as it is printed."""
+        table = asdict(self)
+        return {**table, "folder": str(self.folder), "process": self.process["pid"] if self.process else None}
+
+
+def read_run(folder: Path) -> Run:
+    """What is known of the run in `folder`; raises FolderError if it holds none that can be read."""
+    path = folder / "run.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        last = _last_line(folder / "metrics.jsonl")
+        state, reason = str(facts["state"]), str(facts.get("reason", ""))
+        if state in ("starting", "running") and find_process(facts.get("process")) is None:
+            state, reason = "failed", "its process is gone and left no word"
+        return Run(
+            name=folder.name,
+            folder=folder,
+            state=state,
+            started=str(facts.get("started", "")),
+            ended=str(facts.get("ended", "")),
+            reason=reason,
+            step=int(last.get("step", -1)) + 1,
+            max_steps=int(facts.get("command", {}).get("max_steps", 0)),
+            loss=last.get("loss"),
+            process=facts.get("process"),
+            arguments=list(facts.get("arguments", [])),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FolderError(f"{path}: expected what a run wrote, got '{error}'") from error
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Let the run in `folder` save and end after the step that it is in."""
+    (folder / STOP).touch()
+
+
+def is_asked_to_stop(folder: Path) -> bool:
+    """Whether someone asked the run in `folder` to end."""
+    return (folder / STOP).exists()
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a JSON-lines file, {} if there is none."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        lines = [line for line in file.read().split(b"\n") if line.startswith(b"{") and line.endswith(b"}")]
+    table: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return table
 
 
 def _write_json(path: Path, table: dict[str, Any]) -> None:

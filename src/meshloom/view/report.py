@@ -91,7 +91,8 @@ def _page(name: str, run: dict[str, Any], steps: list[dict[str, Any]], chapters:
     room = resources.files("meshloom.view")
     style, script = (room.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     command = run.get("command", {})
-    facts = [f"{key} {command[key]}" for key in ("model", "plan", "data", "seq_length", "batch_size") if key in command]
+    named = {key: command[key] for key in ("model", "plan", "data", "seq_length", "batch_size") if key in command}
+    facts = [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in named.items()]
     body = [f"<h1>{escape(name)}</h1>", f"<p>{escape(', '.join(facts))}</p>", _cards(run, steps, chapters)]
     if steps:
         body += ["<h3>Loss</h3>", _loss_curve([float(step["loss"]) for step in steps])]
