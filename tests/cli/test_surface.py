@@ -16,13 +16,18 @@ from tests.conftest import Meshloom
 
 OPTIONS = {
     "demo": ["--cluster", "--max-steps", "--out", "--synth-plan"],
+    "runs": ["--dir", "--json"],
+    "runs show": ["--json"],
+    "runs logs": ["--follow", "--rank"],
+    "runs stop": ["--now", "--patience"],
+    "runs resume": ["--background"],
     "train": [
-        "--batch-size", "--cache-dir", "--data", "--device", "--from-scratch", "--gradient-accumulation", "--json",
-        "--keep-last", "--learning-rate",
-        "--max-grad-norm", "--max-steps", "--model", "--no-save-initial", "--objective", "--out", "--plan", "--resume",
-        "--save-steps", "--schedule", "--seed", "--shard-cache", "--skip-bad-lines", "--text-field",
-        "--seq-length", "--tokenizer", "--trace", "--trace-active", "--trace-separate", "--trace-stacks",
-        "--trace-step", "--virtual-stages", "--weight-decay",
+        "--background", "--batch-size", "--cache-dir", "--data", "--device", "--from-scratch",
+        "--gradient-accumulation", "--json", "--keep-last", "--learning-rate", "--log-steps", "--lr-schedule",
+        "--max-grad-norm", "--max-steps", "--model", "--no-save-initial", "--objective", "--out", "--plan",
+        "--precision", "--recompute", "--resume", "--save-steps", "--schedule", "--seed", "--seq-length",
+        "--shard-cache", "--skip-bad-lines", "--text-field", "--tokenizer", "--trace", "--trace-active",
+        "--trace-separate", "--trace-stacks", "--trace-step", "--virtual-stages", "--warmup-steps", "--weight-decay",
     ],
     "data prepare": ["--force", "--json", "--out"],
     "tokenizer train": ["--data", "--json", "--kind", "--out", "--skip-bad-lines", "--text-field", "--vocab-size"],
@@ -49,8 +54,10 @@ def test_the_surface_is_pinned() -> None:
         below = (
             {f"{name} {part}": item for part, item in command.commands.items()} if isinstance(command, Group) else {}
         )
-        for full, part in (below or {name: command}).items():
-            found[full] = sorted(option for item in part.params for option in item.opts if option.startswith("--"))
+        own = {name: command} if command.params or not below else {}
+        for full, part in (own | below).items():
+            shown = [item for item in part.params if not getattr(item, "hidden", False)]
+            found[full] = sorted(option for item in shown for option in item.opts if option.startswith("--"))
     assert found == OPTIONS
 
 
@@ -64,7 +71,7 @@ def test_help_and_reading_a_trace_import_no_torch(demo_run: Path) -> None:
     program = """
 import sys
 from meshloom.cli.__main__ import _run
-for arguments in (["--help"], ["check", sys.argv[1]], ["simulate", sys.argv[1]], ["report", sys.argv[1]]):
+for arguments in (["--help"], ["check", sys.argv[1]], ["simulate", sys.argv[1]], ["report", sys.argv[1]], ["runs"]):
     assert _run(arguments) == 0
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
@@ -184,6 +191,6 @@ def test_parallelize_explains_and_certifies(meshloom: Meshloom, tmp_path: Path) 
     told = json.loads((tmp_path / "told.json").read_text())
     styles = {row["module"]: row["style"] for row in told["layers"]}
     assert styles["transformer.h.0.attn.c_attn"] == "column"
-    assert styles["lm_head"] == "whole"
+    assert styles["lm_head"] == styles["transformer.wte"] == "vocabulary"
     assert told["certificate"]["passes"]
     assert 0 < told["certificate"]["gradient"] < 1e-12

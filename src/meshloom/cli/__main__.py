@@ -19,6 +19,7 @@ from meshloom.errors import MeshloomError
 COMMANDS = {
     "demo": "The whole road in one go: train, trace, check, synthesise, simulate, report.",
     "train": "Train a model on a plan of ranks, and record a step if asked.",
+    "runs": "List runs, and look into, stop or resume one.",
     "data": "Make data for training: mix sources by a recipe.",
     "tokenizer": "Train a tokenizer.",
     "capture": "Make Chakra traces again from the files that a recorded step left.",

@@ -47,6 +47,7 @@ def command(context: click.Context, folder: str, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table("run", "state", "step", "loss", "started")
+    table.columns[0].no_wrap, table.columns[0].overflow = True, "fold"
     for run in found:
         loss = "" if run.loss is None else f"{run.loss:.4f}"
         table.add_row(run.name, run.state, f"{run.step}/{run.max_steps}", loss, run.started)
@@ -58,7 +59,12 @@ def command(context: click.Context, folder: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.pass_obj
 def show(folder: Path, run: str, as_json: bool) -> None:
-    """Print what is known of a run."""
+    """Print what is known of a run.
+
+    \b
+    Example:
+      meshloom runs show gpt2-tiny.dp2
+    """
     from meshloom.train.runs import read_run
 
     facts = read_run(_find(folder, run)).facts()
@@ -75,7 +81,12 @@ def show(folder: Path, run: str, as_json: bool) -> None:
 @click.option("--rank", type=click.IntRange(0), help="What this rank printed.  [default: the console]")
 @click.pass_obj
 def logs(folder: Path, run: str, follow: bool, rank: int | None) -> None:
-    """Print what a run printed."""
+    """Print what a run printed.
+
+    \b
+    Example:
+      meshloom runs logs gpt2-tiny.dp2 -f
+    """
     from meshloom.train.runs import read_run
 
     path = _find(folder, run)
@@ -97,7 +108,12 @@ def logs(folder: Path, run: str, follow: bool, rank: int | None) -> None:
 @click.option("--now", is_flag=True, help="Do not let it save.")
 @click.pass_obj
 def stop(folder: Path, run: str, patience: float, now: bool) -> None:
-    """Let a run save and end."""
+    """Let a run save and end.
+
+    \b
+    Example:
+      meshloom runs stop gpt2-tiny.dp2
+    """
     from meshloom.train.processes import end_process, find_process
     from meshloom.train.runs import ask_to_stop, read_run
 
@@ -122,7 +138,12 @@ def stop(folder: Path, run: str, patience: float, now: bool) -> None:
 @click.option("--background", is_flag=True, help="Return at once.")
 @click.pass_context
 def resume(context: click.Context, run: str, background: bool) -> None:
-    """Go on with a run from its newest checkpoint, as it was started."""
+    """Go on with a run from its newest checkpoint, as it was started.
+
+    \b
+    Example:
+      meshloom runs resume gpt2-tiny.dp2 --background
+    """
     from meshloom.cli.train import command as train_command
     from meshloom.train.runs import read_run
 
@@ -155,7 +176,5 @@ def _log(path: Path, rank: int | None) -> Path:
         return console
     found: list[Any] = sorted((path / "logs").rglob(f"*/{rank}/stdout.log"))
     if not found:
-        raise FolderError(
-            f"{path}: expected output of rank {rank}, found none; ranks other than 0 keep a log of theirs"
-        )
+        raise FolderError(f"{path}: expected output of rank {rank}, found none; rank 0 prints to the console")
     return Path(found[-1])

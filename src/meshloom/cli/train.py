@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from meshloom.cli.data import DUMMY, open_stream
 from meshloom.errors import FolderError, MeshloomError, UsageError
 from meshloom.plan import Plan
 from meshloom.train.sources import SAMPLE, Reading, find_sources
+
+_SHORT = 100  # a run of so many steps is told step by step
 
 
 @click.command()
@@ -47,6 +50,14 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
 @click.option("--learning-rate", default=5e-4, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--weight-decay", default=0.1, show_default=True, type=click.FloatRange(0))
+@click.option("--lr-schedule", default="constant", show_default=True,
+              type=click.Choice(["constant", "linear", "cosine", "wsd"]), help="What follows the warmup.")  # fmt: skip
+@click.option("--warmup-steps", default=0, show_default=True, type=click.IntRange(0), help="Steps to the full rate.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]),
+              help="What the forward computes in; weights and optimizer stay fp32.")  # fmt: skip
+@click.option("--recompute", default="none", show_default=True, type=click.Choice(["none", "selective", "full"]),
+              help="What backward computes again instead of keeping it.")  # fmt: skip
+@click.option("--log-steps", type=click.IntRange(1), help="Steps between reports.  [default: 1, or 10 above 100 steps]")
 @click.option("--max-grad-norm", default=1.0, show_default=True, type=click.FloatRange(0), help="0 switches it off.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
@@ -76,6 +87,8 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
     flag_value="",
     help="Go on from a checkpoint or a run's newest one, on any plan; without a value from --out, if it is there.",
 )
+@click.option("--background", is_flag=True, help="Return at once; `meshloom runs` tells how it goes.")
+@click.option("--prepared", is_flag=True, hidden=True, help="The run folder was made by who started this process.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(**options: Any) -> None:
     """Train a model on a plan of ranks, and record a step if asked.
@@ -90,8 +103,11 @@ def command(**options: Any) -> None:
       meshloom train --model gpt2-tiny --tokenizer bytes --data sample --plan tp2 --max-steps 40 --save-steps 10 \\
           --resume runs/by-torchrun
     """
-    folder = train(**options)
-    if folder is not None:
+    context = click.get_current_context()
+    folder = train(arguments=given_arguments(context, leave_out=("out", "resume", "background", "prepared")), **options)
+    if folder is not None and options["background"]:
+        click.echo(json.dumps({"run": folder.name, "folder": str(folder)}) if options["as_json"] else folder.name)
+    elif folder is not None:
         result = outcome(folder)
         click.echo(json.dumps(result) if options["as_json"] else _sentence(result))
 
@@ -110,6 +126,9 @@ def train(
     resume: str | None = None,
     no_save_initial: bool = False,
     as_json: bool = False,
+    background: bool = False,
+    prepared: bool = False,
+    arguments: Sequence[str] = (),
     **options: Any,
 ) -> Path | None:
     """Train as the command does and return the run folder; None on ranks of a torchrun other than 0."""
@@ -133,7 +152,8 @@ def train(
     free = _free_memory() if world is None and device != "cuda" else None
     save: dict[str, Any] = {"save_initial": not no_save_initial, "resume": checkpoint}
     job, num_parameters = _job(model=model, plan=cut, free=free, show=is_first, quiet=as_json, **save, **options)
-    folder = _folder(out, model, cut, resumed) if is_first else Path(str(out))
+    makes = is_first and not prepared
+    folder = _folder(out, model, cut, resumed) if makes else Path(str(out))
     recording = {
         "step": first_traced - 1,
         "active": trace_active,
@@ -144,7 +164,11 @@ def train(
     around = _recorder(folder, cut, recording) if trace else None
     if is_first:
         command = {"model": model, "plan": plan, "trace": trace, "resume": checkpoint, **options}
-        write_facts(folder, config=job.config, plan=job.plan, command=command)
+        state = "starting" if background else "running"
+        write_facts(folder, config=job.config, plan=job.plan, command=command, arguments=arguments, state=state)
+        if background:
+            _detach(folder, arguments, checkpoint)
+            return folder
         if not as_json:
             _announce(job, model, num_parameters, folder)
     _run(job, folder, device, around, show=not as_json, alone=world is None, is_first=is_first)
@@ -155,7 +179,7 @@ def _run(job: Any, folder: Path, device: str, around: Any, *, show: bool, alone:
     """Train on all ranks, which are started here unless this process is one of them, and note how it ended."""
     from meshloom.parallel.launch import run_ranks
     from meshloom.train.loop import train_rank
-    from meshloom.train.runs import set_state
+    from meshloom.train.runs import is_asked_to_stop, set_state
 
     arguments = (job, str(folder), device, around, show)
     try:
@@ -169,7 +193,33 @@ def _run(job: Any, folder: Path, device: str, around: Any, *, show: bool, alone:
             set_state(folder, state, reason=str(error) or "interrupted")
         raise
     if is_first:
-        set_state(folder, "finished")
+        set_state(folder, "stopped" if is_asked_to_stop(folder) else "finished")
+
+
+def given_arguments(context: click.Context, *, leave_out: Sequence[str]) -> list[str]:
+    """What the user gave on the command line, to give it again."""
+    found: list[str] = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in leave_out or context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            continue
+        value, option = context.params[name], parameter.opts[0]
+        if getattr(parameter, "is_flag", False) and isinstance(value, bool):
+            found += [option] * value
+        else:
+            for item in value if isinstance(value, tuple) else (value,):
+                found += [option, str(item)]
+    return found
+
+
+def _detach(folder: Path, arguments: Sequence[str], checkpoint: str | None) -> None:
+    from meshloom.train.processes import describe_process, detach
+    from meshloom.train.runs import note_process
+
+    resume = ["--resume", checkpoint] if checkpoint else []
+    command = [sys.executable, "-m", "meshloom.cli", "train", *arguments, "--out", str(folder), "--prepared", *resume]
+    pid = detach(command, folder / "logs" / "console.log")
+    note_process(folder, describe_process(pid))
 
 
 def _check_saving(options: dict[str, Any]) -> None:
@@ -249,6 +299,8 @@ def _job(
     cache_dir: str | None = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
+    recompute: Any = "none",
+    log_steps: int | None = None,
     **numbers: Any,
 ) -> tuple[Any, int]:
     """What is trained, and how many parameters it has; found, checked and tokenised before any process is started."""
@@ -265,7 +317,14 @@ def _job(
         config=config,
         objective=objective or objective_of(config),
         tokenizer=load_tokenizer(tokenizer or model),
-        plan=replace(plan, num_micro_batches=gradient_accumulation, schedule=schedule, virtual_stages=virtual_stages),
+        plan=replace(
+            plan,
+            num_micro_batches=gradient_accumulation,
+            schedule=schedule,
+            virtual_stages=virtual_stages,
+            recompute=recompute,
+        ),
+        log_steps=log_steps or (1 if numbers["max_steps"] <= _SHORT else 10),
         **numbers,
     )
     check_tokenizer(job.tokenizer, config, job.objective)

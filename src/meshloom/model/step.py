@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
 
 Batch = Mapping[str, Tensor]
+Precision = Literal["fp32", "bf16"]
 
 PHASE = "phase:"  # the prefix of the record_function scopes by which traces know a node's phase
 
@@ -23,6 +26,25 @@ PHASE = "phase:"  # the prefix of the record_function scopes by which traces kno
 def phase(name: str) -> Iterator[None]:
     """Within this, traces put every op into phase `name`: forward, backward or optimizer."""
     with record_function(PHASE + name):
+        yield
+
+
+class StepResult(NamedTuple):
+    """What a step tells, still on the device: the mean loss (), and the norm of the gradients () if it was clipped."""
+
+    loss: Tensor
+    grad_norm: Tensor | None
+
+
+@contextmanager
+def _phase_in(precision: Precision, device: torch.device, name: str) -> Iterator[None]:
+    """A phase whose forward computes in `precision`; weights, gradients and optimizer stay float32."""
+    with (
+        phase(name),
+        torch.autocast(
+            device.type, torch.bfloat16, enabled=precision == "bf16" and name == "forward", cache_enabled=True
+        ),
+    ):
         yield
 
 
@@ -46,23 +68,28 @@ def train_step(
     *,
     mesh: Mesh,
     max_grad_norm: float,
-) -> Tensor:
-    """One optimizer step on this rank's micro-batches; returns the mean loss (), still on the device.
+    precision: Precision = "fp32",
+) -> StepResult:
+    """One optimizer step on this rank's micro-batches.
 
     Each micro-batch maps the model's argument names to tensors, (B, S) int64. Gradients add up over micro-batches and
-    are averaged over the data-parallel group in the last one only.
+    are averaged over the data-parallel group in the last one only. With bf16 the forward runs under autocast.
     """
-    losses = [model.run(micro_batches, phase=phase)] if isinstance(model, Pipeline) else []
+    within: Callable[[str], AbstractContextManager[Any]] = phase
+    if precision != "fp32":  # only then, for autocast's own bookkeeping would be seen in every trace
+        within = partial(_phase_in, precision, mesh.device)
+    losses = [model.run(micro_batches, phase=within)] if isinstance(model, Pipeline) else []
     for index, batch in enumerate(micro_batches if not losses else ()):
         with synced_gradients(model, sync=index == len(micro_batches) - 1):
-            with phase("forward"):
+            with within("forward"):
                 loss: Tensor = model(**batch).loss / len(micro_batches)
-            with phase("backward"):
+            with within("backward"):
                 loss.backward()
         losses.append(loss.detach())
+    grad_norm = None
     with phase("optimizer"):
         if max_grad_norm:
-            clip_gradients(model, max_grad_norm, mesh)
+            grad_norm = clip_gradients(model, max_grad_norm, mesh)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return StepResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), grad_norm)

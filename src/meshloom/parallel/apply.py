@@ -19,9 +19,11 @@ from meshloom.parallel.discover import Discovery, Pair, discover
 from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
 from meshloom.parallel.fake import trouble_of_part
+from meshloom.parallel.flow import find_layers
 from meshloom.parallel.linear import ColumnParallelLinear, Entrance
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, check_stages
+from meshloom.parallel.recompute import recompute
 from meshloom.parallel.sequence import cut_sequence, sequence_example
 from meshloom.parallel.shard import Shard, mark, shard_of
 from meshloom.parallel.styles import Part, cut_linear
@@ -100,6 +102,7 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
         _cut_vocabulary(model, found.vocabulary, mesh)
     if found.pairs and has_dropout(model):
         _draw_apart(model, found, mesh)
+    recompute(model, find_layers(model), plan.recompute)
     return Pipeline(model, mesh=mesh, example=example, stages=stages) if plan.pp > 1 else model
 
 

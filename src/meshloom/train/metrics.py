@@ -25,6 +25,7 @@ class Reporter:
         self._file: IO[str] | None = None
         self._console = Console(file=sys.stdout)
         self._last_ns = 0
+        self._last_step = first_step - 1
         self._progress: Progress | None = None
         self._task: Any = None
 
@@ -55,25 +56,37 @@ class Reporter:
         if self._file is not None:
             self._file.close()
 
-    def step(self, step: int, loss: float, *, recorded: bool) -> None:
-        """Report step `step` (counted from 0), whose mean loss over all ranks is `loss`."""
+    def step(
+        self,
+        step: int,
+        loss: float,
+        *,
+        learning_rate: float,
+        grad_norm: float | None,
+        memory_bytes: int,
+        recorded: bool,
+    ) -> None:
+        """Report step `step` (counted from 0), whose mean loss over all ranks is `loss`.
+
+        Speed is the mean since the step that was reported before; `memory_bytes` is the most this rank held.
+        """
         now_ns = time.perf_counter_ns()
-        duration_ns, self._last_ns = now_ns - self._last_ns, now_ns
+        num_steps, self._last_step = max(1, step - self._last_step), step
+        duration_ns, self._last_ns = (now_ns - self._last_ns) // num_steps, now_ns
         if self._file is None:
             return
         tokens_per_second = self._tokens_per_step / (duration_ns / 1e9)
-        self._file.write(
-            json.dumps(
-                {
-                    "step": step,
-                    "loss": loss,
-                    "duration_ns": duration_ns,
-                    "tokens_per_second": tokens_per_second,
-                    "recorded": recorded,
-                }
-            )
-            + "\n"
-        )
+        facts = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "duration_ns": duration_ns,
+            "tokens_per_second": tokens_per_second,
+            "memory_bytes": memory_bytes,
+            "recorded": recorded,
+        }
+        self._file.write(json.dumps(facts) + "\n")
         text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s" + ("  (recorded)" if recorded else "")
         if self._progress is not None:
             self._progress.update(self._task, completed=step + 1, description=text)

@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,8 +18,7 @@ import meshloom
 from meshloom.chakra.file import whole_file
 from meshloom.errors import FolderError, UsageError
 from meshloom.plan import Plan
-from meshloom.train.checkpoint import check_checkpoint, newest
-from meshloom.train.processes import find_process
+from meshloom.train.processes import describe_process, find_process
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 STOP = "stop"  # the file by which a run is asked to end
@@ -42,6 +42,8 @@ def find_resumed(resume: str, out: str | None) -> Resumed:
 
     Raises FolderError if it is neither or cannot be read, UsageError if nothing is named.
     """
+    from meshloom.train.checkpoint import check_checkpoint, newest  # which imports torch; runs are listed without it
+
     if not resume and out is None:
         raise UsageError("--resume: expected the folder of a run or a checkpoint, or --out with the run to go on with")
     path = Path(resume or str(out))
@@ -75,6 +77,7 @@ def reopen_run(folder: Path) -> Path:
         if (folder / "logs").exists():
             (folder / "logs").rename(aside)
         (folder / "logs").mkdir()
+        (folder / STOP).unlink(missing_ok=True)
     except OSError as error:
         raise FolderError(f"{folder}: expected to make logs here, got '{error.strerror}'") from error
     return folder
@@ -104,8 +107,16 @@ def new_run(out: str | Path | None, *, model: str, plan: Plan) -> Path:
     return folder
 
 
-def write_facts(folder: Path, *, config: Any, plan: Plan, command: dict[str, Any]) -> None:
-    """Write model.json (HF's config), plan.toml and run.json (state running)."""
+def write_facts(
+    folder: Path,
+    *,
+    config: Any,
+    plan: Plan,
+    command: dict[str, Any],
+    arguments: Sequence[str] = (),
+    state: str = "running",
+) -> None:
+    """Write model.json (HF's config), plan.toml and run.json, in which the calling process is that of the run."""
     with whole_file(folder / "model.json") as file:
         file.write(config.to_json_string(use_diff=False).encode())
     with whole_file(folder / "plan.toml") as file:
@@ -117,14 +128,24 @@ def write_facts(folder: Path, *, config: Any, plan: Plan, command: dict[str, Any
         }
         file.write(tomli_w.dumps(table).encode())
     facts = {
-        "state": "running",
+        "state": state,
         "started": _now(),
         "meshloom": meshloom.__version__,
         "python": platform.python_version(),
         "platform": sys.platform,
         "command": command,
+        "arguments": list(arguments),
+        "process": describe_process(),
     }
     _write_json(folder / "run.json", facts)
+
+
+def note_process(folder: Path, process: dict[str, Any]) -> None:
+    """Note which process a run that is starting belongs to, unless that has done so itself by now."""
+    path = folder / "run.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if facts["state"] == "starting":
+        _write_json(path, {**facts, "process": process})
 
 
 def set_state(folder: Path, state: str, **facts: Any) -> None:
