@@ -24,8 +24,10 @@ import torch.distributed as dist
 from transformers import GPT2Config
 
 from meshloom.model.build import build_model
+from meshloom.model.initial import record
 from meshloom.model.step import make_optimizer
 from meshloom.model.weights import build_part
+from meshloom.parallel.apply import check_plan
 from meshloom.parallel.mesh import make_mesh
 from meshloom.plan import Plan
 from meshloom.train.checkpoint import Checkpoints, check_checkpoint, checkpoints
@@ -138,6 +140,11 @@ def main() -> None:
     plans = [Plan.parse(text) for text in options.plans.split(",")]
     lines = ["| plan | kills | while a checkpoint was written | while an old one went | between | cannot be loaded |"]
     lines += ["|---|---|---|---|---|---|"]
+    torch.set_num_threads(1)  # and no threads here, for this process is forked
+    with torch.device("meta"):
+        example = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+    check_plan(build_model(CONFIG, "causal", seed=0, device="meta"), Plan(tp=2), example)  # what that imports, it has
+    record(lambda: build_model(CONFIG, "causal", seed=0))
     with tempfile.TemporaryDirectory() as folder:
         for plan in plans:
             kills = options.kills // len(plans)
