@@ -24,8 +24,10 @@ import torch.distributed as dist
 from transformers import GPT2Config
 
 from meshloom.model.build import build_model
+from meshloom.model.initial import record
 from meshloom.model.step import make_optimizer
 from meshloom.model.weights import build_part
+from meshloom.parallel.apply import check_plan
 from meshloom.parallel.mesh import make_mesh
 from meshloom.plan import Plan
 from meshloom.train.checkpoint import Checkpoints, check_checkpoint, checkpoints
@@ -60,6 +62,8 @@ def save_for_ever(folder: str, plan: str, rank: int, store: str, begin: int, tol
     saved, model, optimizer = open_run(Path(folder), Plan.parse(plan), rank, store)
     for step in range(begin, begin + 10_000):
         fill(model, optimizer, step)
+        if rank == 0 and step == begin:
+            told.value = begin - 1  # ready: from here on it saves
         saved.save(step, data={"sequences": step})
         if rank == 0:
             told.value = step - 1  # the save before this one was waited for
@@ -68,14 +72,14 @@ def save_for_ever(folder: str, plan: str, rank: int, store: str, begin: int, tol
 def try_once(folder: Path, plan: Plan, begin: int, seed: int) -> tuple[str, int]:
     """Save until killed; returns where that found the folder, and the last step that was done for sure."""
     context = multiprocessing.get_context("fork")
-    told = context.Value("q", begin - 1)
+    told = context.Value("q", -1)
     store = str(folder.parent / f"store.{seed}")
     arguments = [(str(folder), str(plan), rank, store, begin, told) for rank in range(plan.world_size)]
     ranks = [context.Process(target=save_for_ever, args=one) for one in arguments]
     for rank in ranks:
         rank.start()
     chance = random.Random(seed)
-    while not list(folder.glob(f".checkpoint-{begin}.part")) and told.value < begin:  # until it saves
+    while told.value < 0:  # until it saves
         time.sleep(0.001)
         assert all(rank.is_alive() for rank in ranks), "a rank died by itself"
     time.sleep(chance.uniform(0, 0.15))
@@ -136,6 +140,11 @@ def main() -> None:
     plans = [Plan.parse(text) for text in options.plans.split(",")]
     lines = ["| plan | kills | while a checkpoint was written | while an old one went | between | cannot be loaded |"]
     lines += ["|---|---|---|---|---|---|"]
+    torch.set_num_threads(1)  # and no threads here, for this process is forked
+    with torch.device("meta"):
+        example = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+    check_plan(build_model(CONFIG, "causal", seed=0, device="meta"), Plan(tp=2), example)  # what that imports, it has
+    record(lambda: build_model(CONFIG, "causal", seed=0))
     with tempfile.TemporaryDirectory() as folder:
         for plan in plans:
             kills = options.kills // len(plans)

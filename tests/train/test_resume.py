@@ -28,6 +28,7 @@ SAME = ("--model", "gpt2-tiny", "--tokenizer", "bytes", "--data", "sample", "--s
 PLANS = {
     "dp1": ("--plan", "dp1", "--batch-size", "4", "--gradient-accumulation", "2"),
     "dp2": ("--plan", "dp2", "--batch-size", "2", "--gradient-accumulation", "2"),
+    "dp4": ("--plan", "dp4", "--batch-size", "1", "--gradient-accumulation", "2"),  # sums depend on their order
     "tp2": ("--plan", "tp2", "--batch-size", "4", "--gradient-accumulation", "2"),
     "tp2.pp2": ("--plan", "tp2.pp2", "--batch-size", "4", "--gradient-accumulation", "2"),
 }
@@ -41,14 +42,14 @@ def _losses(folder: Path) -> list[float]:
 def straight(tmp_path_factory: pytest.TempPathFactory, meshloom: Meshloom) -> dict[str, Path]:
     """For each plan a run of six steps that nobody disturbed, with checkpoints after three and six."""
     folders = {}
-    for plan in ("dp1", "dp2", "tp2.pp2"):
+    for plan in ("dp1", "dp2", "dp4", "tp2.pp2"):
         folders[plan] = tmp_path_factory.mktemp("straight") / "run"
         result = meshloom("train", *SAME, *PLANS[plan], "--save-steps", "3", "--out", str(folders[plan]))
         assert result.returncode == 0, result.stderr
     return folders
 
 
-@pytest.mark.parametrize("plan", ["dp1", "dp2", "tp2.pp2"])
+@pytest.mark.parametrize("plan", ["dp1", "dp4", "tp2.pp2"])
 def test_the_same_plan_goes_on_to_the_bit(
     straight: dict[str, Path], tmp_path: Path, meshloom: Meshloom, plan: str
 ) -> None:

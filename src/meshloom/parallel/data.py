@@ -7,7 +7,7 @@ same in Python for synthesis: the same buckets, in the same order, with the same
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,19 @@ def synced_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
     else:
         with model.no_sync():
             yield
+
+
+def settle_buckets(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Let DistributedDataParallel lay its buckets as it does after its first backward pass; nothing else is changed.
+
+    A run that goes on after some steps so adds gradients up in the order of the run before, to the bit.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    devices = [model.device] if model.device is not None and model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model(**batch).loss.backward()
+    model.zero_grad(set_to_none=True)
 
 
 class ReducerTwin(nn.Module):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from meshloom.model.pretrained import check_weights, fill_from
 from meshloom.model.step import Batch, Precision, StepResult, make_optimizer, train_step
 from meshloom.model.weights import Fill, build_part
 from meshloom.parallel.apply import check_plan
-from meshloom.parallel.data import data_parallel
+from meshloom.parallel.data import data_parallel, settle_buckets
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
@@ -133,7 +133,12 @@ def _repeat(
     """Step after step, until all are done or the run is asked to stop."""
     per_step = job.plan.dp * job.plan.num_micro_batches * job.batch_size
     read = begun.data.get("sequences", 0)  # by all ranks, before this step
-    stream = enumerate(_micro_batches(job, mesh, read), start=begun.step)
+    steps = _micro_batches(job, mesh, read)
+    if begun.step:
+        first = next(steps)
+        settle_buckets(model, first[0])
+        steps = chain([first], steps)
+    stream = enumerate(steps, start=begun.step)
     tokens = per_step * job.seq_length
     reporter = Reporter(folder, max_steps=job.max_steps, tokens_per_step=tokens, show=show, first_step=begun.step)
     with reporter:
