@@ -100,7 +100,8 @@ def test_causal_sequences_are_the_whole_text_once(stream: MakeStream, tmp_path: 
     texts = [f"{number}번 문서: 한글은 세종대왕이 만든 글자이다. " + "ㅋ" * (number % 50) for number in range(300)]
     tokenizer = load_tokenizer("bytes")
     made = stream(_lines(tmp_path / "a.jsonl", texts), seq_length=7)
-    rows = [Sequences(made).row(index) for index in range(made.num_sequences)]
+    sequences = Sequences(made)
+    rows = [sequences.row(index) for index in range(made.num_sequences)]
     assert all((row["input_ids"] == row["labels"]).all() for row in rows)
     pieces = {tuple(row["input_ids"].tolist()) for row in rows}
     ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
@@ -126,7 +127,8 @@ def test_shares_decide_how_often_a_source_comes(stream: MakeStream, tmp_path: Pa
     ko = _lines(tmp_path / "ko.jsonl", ["가" * 100] * 40)
     en = _lines(tmp_path / "en.jsonl", ["a" * 100] * 400)
     made = stream(f"{ko}:0.7", f"{en}:0.3", seq_length=16)
-    rows = [Sequences(made).row(index)["input_ids"] for index in range(1000)]
+    sequences = Sequences(made)
+    rows = [sequences.row(index)["input_ids"] for index in range(1000)]
     letter = load_tokenizer("bytes")("a")["input_ids"][0]
     korean = [bool((row != letter).sum() > 8) for row in rows]
     assert sum(korean) == 700

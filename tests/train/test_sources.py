@@ -46,7 +46,7 @@ def test_jsonl_of_windows_with_blank_lines_and_no_last_end(tmp_path: Path) -> No
     assert _read(_write(tmp_path / "a.jsonl", content)) == ["가나", "second"]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "읽어보기.md"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "글 모음.TXT"])
 def test_an_empty_line_ends_a_document(tmp_path: Path, name: str) -> None:
     content = "첫째 줄\n둘째 줄\n\n\n \t\n다음 문서\r\n계속\r\n\r\n끝".encode()
     assert _read(_write(tmp_path / name, content)) == ["첫째 줄\n둘째 줄", "다음 문서\r\n계속", "끝"]
@@ -93,18 +93,18 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_folder_in_the_order_of_names_and_what_is_no_data(tmp_path: Path) -> None:
     _write(tmp_path / "데이터" / "b" / "x.jsonl.gz", b"".join(LINES))
     _write(tmp_path / "데이터" / "a.txt", b"one")
-    _write(tmp_path / "데이터" / "picture.png", b"")
+    _write(tmp_path / "데이터" / "README.md", b"no data")
     _write(tmp_path / "데이터" / ".cache" / "y.txt", b"hidden")
     (source,) = find_sources([str(tmp_path / "데이터")])
     assert [file.kind for file in source.files] == ["text", "jsonl"]
-    assert source.left_out == ("picture.png",)
+    assert source.left_out == ("README.md",)
     assert _read(tmp_path / "데이터") == ["one", "가나", "second"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="it is empty"):
         find_sources([str(tmp_path / "empty")])
     (tmp_path / "데이터" / "b" / "x.jsonl.gz").unlink()
     (tmp_path / "데이터" / "a.txt").unlink()
-    with pytest.raises(DataError, match=r"it holds picture\.png"):
+    with pytest.raises(DataError, match=r"it holds README\.md"):
         find_sources([str(tmp_path / "데이터")])
 
 

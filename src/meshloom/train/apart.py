@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -53,5 +54,7 @@ def _run(function: Callable[[], None], told: Connection) -> None:
     except Exception as error:
         ended = {"kind": type(error).__name__, "message": str(error)}
         if not isinstance(error, errors.MeshloomError):
-            ended["message"] = f"preparing the data failed: {type(error).__name__}: {error}"
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.filename}:{last.lineno}"
+            ended["message"] = f"preparing the data failed: {type(error).__name__}: {error} ({where})"
     told.send_bytes(json.dumps(ended).encode())

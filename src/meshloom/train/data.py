@@ -261,7 +261,7 @@ def _frame(tokenizer: Any) -> Frame:
 
 def _mask(row: Row, frame: Frame, seed: int, number: int) -> Row:
     """BERT's masking of one sequence, drawn from the seed and the sequence's number; at least one token is masked."""
-    random = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
+    random = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, number], np.uint64)))
     ids = row["input_ids"]
     draw = random.random(len(ids))
     for special in {*frame.before, *frame.between, *frame.after}:

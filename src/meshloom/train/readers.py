@@ -193,8 +193,8 @@ def hub_rows(name: str) -> Any:
         if isinstance(error, datasets.exceptions.DatasetNotFoundError) or "onfig name" in said:
             raise DataError(f"data '{name}': expected a dataset of the hub; datasets says: {said}") from error
         raise OfflineError(
-            f"data '{name}': expected to fetch it from the hub, which cannot be reached ({said[:100]}); give a file "
-            "such as train-v1.1.json or corpus.jsonl, or 'sample'"
+            f"data '{name}': no such file; expected to fetch it from the hub, which cannot be reached ({said[:100]}); "
+            "give a file such as train-v1.1.json or corpus.jsonl, or 'sample'"
         ) from error
 
 

@@ -24,8 +24,6 @@ _ENDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".txt": "text",
-    ".text": "text",
-    ".md": "text",
     ".parquet": "parquet",
 }
 _EXPECTED = (
