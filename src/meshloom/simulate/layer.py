@@ -202,3 +202,38 @@ def _host(job: Job, num_f: int, num_b: int) -> tuple[float, float]:
     share = 1 / 3 if job.plan.recompute == "full" else 0.4
     rest = 1 - share * (2 if job.plan.recompute == "full" else 1)
     return (forward + share * together + more) * 1e-9, (backward + rest * together + more) * 1e-9
+
+
+class Kernel(NamedTuple):
+    """A part of a layer's pass: what it is, seconds on the device, and whether it is communication."""
+
+    name: str
+    seconds: float
+    communicates: bool = False
+
+
+def kernels(job: Job) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
+    """A layer's parts in their order, for one micro-batch: forward, recomputed, backward; they sum to `layer`."""
+    products, one = _products(job), layer(job)
+    element_f, element_b = _elementwise(job)
+    attention_f, attention_b = _attention(job)
+    names = ("qkv", "attention output", "mlp up", "mlp down")
+    forward = [Kernel("norms and activation", element_f)]
+    for i, name in enumerate(names):
+        forward.append(Kernel(name, products.forward[i]))
+        if i == 0:
+            forward.append(Kernel("attention", attention_f))
+        if i in (1, 3) and one.forward.exposed_s:
+            forward.append(Kernel("tp communication", one.forward.exposed_s / 2, True))
+    backward = [Kernel("norms and activation, gradient", element_b)]
+    for i in (3, 2, 1, 0):
+        backward.append(Kernel(f"{names[i]}, input gradient", products.data_gradient[i]))
+        backward.append(Kernel(f"{names[i]}, weight gradient", products.weight_gradient[i]))
+        if i == 1:
+            backward.append(Kernel("attention, gradient", attention_b))
+        if i in (2, 0) and one.backward.exposed_s:
+            backward.append(Kernel("tp communication", one.backward.exposed_s / 2, True))
+    again = forward if job.plan.recompute == "full" else []
+    if job.plan.recompute == "selective":
+        again = [Kernel("recomputation", one.recompute.device_s)]
+    return forward, again, backward

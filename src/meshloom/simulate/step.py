@@ -72,15 +72,15 @@ def predict_step(job: Job) -> Step:
     plan = job.plan
     one = layer(job)
     stages = _stages(job, one)
-    times = [sum(_together(part.device_s, part.host_s) for part in stage) + _bookkeeping(job) for stage in stages]
+    times = [sum(together(part.device_s, part.host_s) for part in stage) + _bookkeeping(job) for stage in stages]
     slowest = max(range(len(times)), key=times.__getitem__)
     repeats = plan.num_micro_batches
-    message = _message(job)
+    message = message_between_stages(job)
     # 1F1B: fill and drain is a pass of every other stage; interleaving divides it (Narayanan et al. 2021, section 2.2)
     bubble = (sum(times) - times[slowest]) / plan.virtual_stages
     messages = 2 * message * plan.virtual_stages * repeats + 2 * message * (plan.pp - 1) if plan.pp > 1 else 0.0
-    gradient = _gradient(job, one)
-    update = _update(job) + _tied(job) + job.stack.step_ns * 1e-9
+    gradient = gradient_seconds(job)
+    update = once_a_step(job)
     device = stages[slowest][0] + stages[slowest][1]
     total = repeats * times[slowest] + bubble + messages + gradient + update
     flops = job.shape.model_flops(job.seq_length) * job.global_batch
@@ -101,7 +101,7 @@ def predict_step(job: Job) -> Step:
     )
 
 
-def _together(device_s: float, host_s: float) -> float:
+def together(device_s: float, host_s: float) -> float:
     """Device and host work at the same time, but which of the two waits changes from kernel to kernel, so where they
     are alike the sum of their waits is more than the larger: (d^p + h^p)^(1/p)."""
     large, small = max(device_s, host_s), min(device_s, host_s)
@@ -135,8 +135,8 @@ def _stages(job: Job, one: Layer) -> list[tuple[Pass, Pass]]:
     if job.stack.last_keeps and job.plan.pp > 1:
         layers[-1] = kept.times(counts[-1]) + blocked
     ends = [Pass(0.0, 0.0, 0.0)] * job.plan.pp
-    ends[0] = _embedding(job)
-    ends[-1] = ends[-1] + _logits(job)
+    ends[0] = embedding_pass(job)
+    ends[-1] = ends[-1] + logits_pass(job)
     return list(zip(layers, ends, strict=True))
 
 
@@ -153,7 +153,7 @@ def _bookkeeping(job: Job) -> float:
     return job.stack.micro_batch_ns * 1e-9
 
 
-def _logits(job: Job) -> Pass:
+def logits_pass(job: Job) -> Pass:
     """Logits and loss, forward and backward: three products and the passes of cross-entropy over (tokens, V/tp)."""
     shape, plan, stack, device = job.shape, job.plan, job.stack, job.cluster.device
     tokens, hidden = job.tokens, shape.hidden_size
@@ -176,7 +176,7 @@ def _logits(job: Job) -> Pass:
     return Pass(seconds + exposed, exposed, host)
 
 
-def _embedding(job: Job) -> Pass:
+def embedding_pass(job: Job) -> Pass:
     """Looking up (tokens, h) and its gradient: about ten bytes an element, and reducing it over tp."""
     shape, plan, device = job.shape, job.plan, job.cluster.device
     seconds = 10 * job.tokens * shape.hidden_size / (device.memory_bytes_per_second * device.memory_efficiency)
@@ -193,7 +193,7 @@ def _neighbours(job: Job) -> Spread:
     return job.cluster.regular_spread(2, plan.tp * plan.cp * plan.dp)
 
 
-def _message(job: Job) -> float:
+def message_between_stages(job: Job) -> float:
     """One activation between stages; cut over tp it goes in parts and is gathered (Narayanan et al. 2021, 4.1)."""
     plan = job.plan
     if plan.pp == 1:
@@ -215,7 +215,7 @@ def rank_parameters(job: Job) -> float:
     return layers * shape.layer_parameters / plan.tp + copies * embedding
 
 
-def _gradient(job: Job, one: Layer) -> float:
+def gradient_seconds(job: Job) -> float:
     """Reducing gradients over dp (and gathering parameters again, ZeRO-1), as far as the last backward hides it not."""
     plan, stack = job.plan, job.stack
     if plan.dp == 1 or job.zero_stage >= 2:
@@ -227,10 +227,15 @@ def _gradient(job: Job, one: Layer) -> float:
     op = "reduce_scatter" if job.zero_stage else "all_reduce"
     seconds = count * collective_seconds(op, gradients / count, spread, job.cluster)  # type: ignore[arg-type]
     if stack.overlap_gradients:
-        seconds = max(seconds / count, seconds - one.backward.device_s * max(layers_by_stage(job)))
+        seconds = max(seconds / count, seconds - layer(job).backward.device_s * max(layers_by_stage(job)))
     if job.zero_stage:
         seconds += count * collective_seconds("all_gather", 2 * parameters / count, spread, job.cluster)
     return seconds
+
+
+def once_a_step(job: Job) -> float:
+    """The optimizer, the gradients of tied embeddings, and what the host does alone."""
+    return _update(job) + _tied(job) + job.stack.step_ns * 1e-9
 
 
 def _update(job: Job) -> float:
