@@ -76,7 +76,7 @@ def play(program: Program) -> tuple[list[int], list[int]]:
     queues: list[list[tuple[int, int]]] = [[] for _ in program.roles]
     port_free = [0] * len(program.roles)
     events: list[tuple[int, int]] = []
-    fresh: tuple[int, int] | None = None  # the newest event: mostly the next one too, and then the heap never sees it
+    fresh: tuple[int, int] | None = None  # the newest event, mostly also the next: then the heap never sees it
     ready = [(max(0, lag[number]), number) for number in range(count) if not waiting[number]]
     ready.sort(reverse=True)
     while True:
@@ -92,8 +92,7 @@ def play(program: Program) -> tuple[list[int], list[int]]:
                 place = meeting[number]
                 if place >= 0:
                     starts[number] = when
-                    arrived[place].append(number)
-                    _meet(program, place, arrived[place], starts, port_free, events)
+                    _meet(program, number, arrived[place], starts, port_free, events)
                     continue
                 when = max(when, port_free[role])  # nobody to wait for
                 port_free[role] = when + duration[number]
@@ -115,10 +114,9 @@ def play(program: Program) -> tuple[list[int], list[int]]:
             if not waiting[follower]:
                 ready.append((max(0, latest[follower] + lag[follower]), follower))
         if kind[number] == COMPUTE:
-            role = owner[number]
-            busy[role] = bool(queues[role])
-            if queues[role]:
-                _, following = heappop(queues[role])
+            busy[owner[number]] = bool(queues[owner[number]])
+            if queues[owner[number]]:
+                _, following = heappop(queues[owner[number]])
                 starts[following] = now
                 heappush(events, (now + duration[following], following))
     if -1 in ends:
@@ -128,14 +126,15 @@ def play(program: Program) -> tuple[list[int], list[int]]:
 
 def _meet(
     program: Program,
-    place: int,
+    number: int,
     group: list[int],
     starts: list[int],
     port_free: list[int],
     events: list[tuple[int, int]],
 ) -> None:
     """Once all are there: a meeting begins when the last has come and all ports are free."""
-    if len(group) < program.parties[place]:
+    group.append(number)
+    if len(group) < program.parties[program.meeting[number]]:
         return
     begin = max(max(starts[each], port_free[program.owner[each]]) for each in group)
     for each in group:
