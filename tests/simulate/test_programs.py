@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from meshloom.capture.convert import convert_rank
 from meshloom.chakra.file import read_all
 from meshloom.chakra.trace import Node, NodeType, Trace
-from meshloom.errors import SimulationError
+from meshloom.errors import SimulationError, UsageError
 from meshloom.hardware.cluster import load_cluster
+from meshloom.hardware.device import load_device
 from meshloom.plan import Plan
+from meshloom.simulate.change import Change
 from meshloom.simulate.clocks import offsets_ns, span_ns
 from meshloom.simulate.engine import play, simulate
 from meshloom.simulate.imagined import imagine, simulate_job
@@ -150,3 +153,26 @@ def test_the_twin_of_eight_a100s_takes_as_long_as_they_did(shared: Path, tmp_pat
     measured = span_ns({rank: list(trace.nodes) for rank, trace in traces.items()})
     predicted = simulate(traces, load_cluster("a100x8"), durations="measured").makespan_ns
     assert predicted == pytest.approx(measured, rel=0.02)
+
+
+def test_what_if() -> None:
+    cluster = load_cluster("h100x1024")
+    world = {
+        rank: Trace(nodes=[_tagged(node) for node in trace.nodes], attrs=trace.attrs)
+        for rank, trace in _world(16).items()
+    }
+    before = simulate(world, cluster).makespan_ns
+    compute = simulate(world, cluster, wanted=Change(without=frozenset({"dp"}))).makespan_ns
+    assert compute < before
+    twice = simulate(world, cluster, wanted=Change(network=2.0)).makespan_ns
+    assert twice == pytest.approx(compute + (before - compute) / 2, abs=4)
+    faster = simulate(world, cluster, wanted=Change(compute=2.0)).makespan_ns
+    assert faster == pytest.approx(before - compute / 2, abs=4)
+    h200 = Change(device=cluster.device, instead=load_device("h200"))
+    assert simulate(world, cluster, wanted=h200).makespan_ns < before
+    with pytest.raises(UsageError, match=r"expected an axis that the traces communicate along \(dp\), got tp"):
+        simulate(world, cluster, wanted=Change(without=frozenset({"tp"})))
+
+
+def _tagged(node: Node) -> Node:
+    return msgspec.structs.replace(node, attrs={**node.attrs, "comm_axis": "dp"}) if node.is_comm else node

@@ -14,20 +14,28 @@ from meshloom.chakra.timeline import Span, Timeline
 from meshloom.chakra.trace import Trace
 from meshloom.errors import SimulationError
 from meshloom.hardware.cluster import Cluster
+from meshloom.simulate.change import Change, change
 from meshloom.simulate.program import COMMUNICATION, COMPUTE, HOST, Durations, Program, program_of
 
 
 def simulate(
-    traces: Mapping[int, Trace], cluster: Cluster, *, durations: Durations = "model", fold: bool = True
+    traces: Mapping[int, Trace],
+    cluster: Cluster,
+    *,
+    durations: Durations = "model",
+    fold: bool = True,
+    wanted: Change | None = None,
 ) -> Timeline:
     """When each node would run on `cluster`, rank r on its device r.
 
     With `durations="measured"` nodes take the time that their trace says; with `fold` ranks that do the same are
-    played once. Raises HardwareError if the cluster is too small, SimulationError if the traces cannot run to their
-    end.
+    played once; `wanted` asks what would be if. Raises HardwareError if the cluster is too small, SimulationError if
+    the traces cannot run to their end.
     """
     cluster.check_fits(max(int(trace.get("world_size", 0)) or rank + 1 for rank, trace in traces.items()))
     program = program_of(traces, cluster, durations=durations, fold=fold)
+    if wanted is not None:
+        change(program, wanted)
     starts, ends = play(program)
     spans = [
         Span(
