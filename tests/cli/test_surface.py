@@ -33,6 +33,7 @@ OPTIONS = {
     "what-if": ["--cluster", "--compute", "--json", "--remove-comm", "--scale"],
     "advise": ["--cluster", "--devices", "--dtype", "--global-batch", "--hw-config", "--json", "--memory", "--model",
                "--pareto", "--seq-length", "--stack"],
+    "export": ["--cluster", "--out", "--to"],
     "graph": ["--depth", "--out", "--rank"],
     "report": [],
 }  # fmt: skip
@@ -103,6 +104,7 @@ TRAIN = ("train", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--data", "sam
         (("check", "empty"), "the file is empty"),
         (("simulate", "full"), "found none"),
         (("simulate", "full", "--hw-config", "other.json"), "expected 'devices'"),
+        (("export", "full", "--to", "astra-sim", "--out", "full"), "expected a new or empty folder"),
         (("what-if", "full", "--scale", "disk=2x"), "found none"),
         (("advise", "--model", "gpt2", "--global-batch", "8", "--memory", "80 parsecs"), "such as 80GB"),
         (("advise", "--model", "gpt2", "--global-batch", "8", "--memory", "1MB"), "the smallest needs"),
