@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from meshloom.errors import HardwareError
-from meshloom.hardware.cluster import load_cluster
-from meshloom.hardware.device import load_device, shipped
+from meshloom.hardware.cluster import load_cluster, load_plain
+from meshloom.hardware.device import load_device
+from meshloom.hardware.table import shipped
 
 
 def test_everything_that_ships_loads() -> None:
@@ -38,11 +39,18 @@ def test_a_users_cluster_names_a_device_file_beside_it(tmp_path: Path) -> None:
         ("num_hosts = 1", "", "'num_hosts', which is missing"),
         ("num_hosts = 1", 'num_hosts = "one"', "num_hosts to be a number"),
         ("num_hosts = 1", "num_hosts = 0", "at least one host"),
+        ("latency_ns = 1500", "latency_us = -1.5", "latency_ns to be a number of at least 0"),
+        (
+            "latency_ns = 1500",
+            "latency_fortnights = 1",
+            "'latency_fortnights' has an unknown unit; write latency_ns or",
+        ),
+        ("efficiency = 0.8", "oversubscription = 0.5", "oversubscription of at least 1"),
         ("[inside_host]", "[inside]", r"\[inside_host\]: expected a table"),
         ('device = "h100-sxm"', 'device = "h1000"', "'h1000': expected a TOML file or one of"),
         ('device = "h100-sxm"', "device = 3", "expected device to name"),
         ("num_hosts = 1", "num_hosts = [", "expected a TOML file that describes a cluster"),
-        ("latency_ns = 1_500", "latency_ns = -1", "latency_ns to be a number of at least 0"),
+        ("latency_ns = 1500", "latency_ns = -1", "latency_ns to be a number of at least 0"),
     ],
 )
 def test_a_bad_file_is_told_in_one_line(tmp_path: Path, old: str, new: str, told: str) -> None:
@@ -56,3 +64,41 @@ def test_a_bad_file_is_told_in_one_line(tmp_path: Path, old: str, new: str, told
 def test_a_dtype_that_the_device_file_does_not_give() -> None:
     with pytest.raises(HardwareError, match="expected a peak for float4"):
         load_device("h100-sxm").peak("float4")
+
+
+def test_units_are_read_off_the_keys(tmp_path: Path) -> None:
+    spec = _spec("h100-sxm").replace("memory_bytes = 85520809984", "memory_gib = 79.6")
+    spec = spec.replace("memory_bytes_per_second = 3352000000000.0", "memory_tb_per_second = 3.352")
+    (tmp_path / "mine.toml").write_text(spec)
+    mine, theirs = load_device(str(tmp_path / "mine.toml")), load_device("h100-sxm")
+    assert mine.memory_bytes == pytest.approx(theirs.memory_bytes, rel=1e-3)
+    assert mine.memory_bytes_per_second == theirs.memory_bytes_per_second
+
+
+def test_plain_json(tmp_path: Path) -> None:
+    path = tmp_path / "gpus.json"
+    path.write_text(
+        '{"devices": [{"name": "x", "tflops": 100, "count": 4}], "memory": {"size_gb": 24, "bandwidth": 900}}'
+    )
+    cluster = load_plain(path)
+    assert cluster.num_devices == 4
+    assert cluster.device.peak("bfloat16") == 1e14
+    assert (cluster.device.memory_bytes, cluster.device.memory_bytes_per_second) == (24 * 10**9, 9e11)
+    for bad, told in (
+        ("[]", "list of at least one"),
+        ('{"devices": [{}]}', "with tflops above 0"),
+        ("{", "expected JSON"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(HardwareError, match=told):
+            load_plain(path)
+
+
+def test_how_a_group_lies_on_hosts() -> None:
+    cluster = load_cluster("h100x1024-oversubscribed")
+    assert cluster.regular_spread(8, 1) == (1, 8, False)
+    assert cluster.regular_spread(16, 1) == (2, 8, False)
+    assert cluster.regular_spread(32, 8) == (32, 1, True), "a leaf holds 16 hosts"
+    for size, stride in ((8, 1), (16, 1), (32, 8), (4, 2), (8, 128)):
+        ranks = tuple(range(0, size * stride, stride))
+        assert cluster.spread(ranks) == cluster.regular_spread(size, stride)

@@ -11,6 +11,7 @@ from meshloom import Cluster, Node, Trace
 from meshloom.chakra.trace import CommType, NodeType
 from meshloom.errors import HardwareError, SimulationError
 from meshloom.hardware.cluster import load_cluster
+from meshloom.hardware.curves import GemmCurve
 from meshloom.simulate.compute import duration_ns
 from meshloom.simulate.engine import simulate
 from meshloom.simulate.network import collective_ns, message_ns
@@ -22,9 +23,9 @@ def cluster() -> Cluster:
     loaded = load_cluster("h100x8")
     device = replace(
         loaded.device, flops_per_second={"float32": 1e12}, memory_bytes_per_second=1e9, kernel_launch_ns=0,
-        gemm_efficiency=1.0, memory_efficiency=1.0, gemm_k_ramp=0, gemm_wave_loss=0,
+        memory_efficiency=1.0, sustained=1.0, gemm=GemmCurve(), collectives={},
     )  # fmt: skip
-    network = replace(loaded.inside_host, bytes_per_second=1e9, latency_ns=0, efficiency=1.0)
+    network = replace(loaded.inside_host, bytes_per_second=1e9, latency_ns=0, efficiency=1.0, collectives={})
     return replace(loaded, device=device, inside_host=network)
 
 

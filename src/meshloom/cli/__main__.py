@@ -29,6 +29,9 @@ COMMANDS = {
     "convert": "Convert a trace between .et, .et.gz, Chakra JSON, node-link JSON and GraphML.",
     "info": "Say what a trace holds.",
     "simulate": "Predict when traces would run on a cluster.",
+    "what-if": "Ask what a step would take with other hardware, or without some communication.",
+    "advise": "Search the best plan of a model on a cluster.",
+    "export": "Write a folder that another simulator runs.",
     "graph": "Draw a step as a graph (SVG).",
     "report": "Write one HTML page about a run.",
 }
@@ -45,7 +48,7 @@ class _Lazy(click.Group):
         """The command, imported now."""
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"meshloom.cli.{name}").command
+        command: click.Command = importlib.import_module(f"meshloom.cli.{name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

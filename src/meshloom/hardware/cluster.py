@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from meshloom.errors import HardwareError
-from meshloom.hardware.device import Device, from_table, load_device, load_table
+from meshloom.hardware.curves import CollectiveCurve
+from meshloom.hardware.device import Device, load_device
+from meshloom.hardware.table import from_table, load_table, section
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """A network all of whose ports are alike: bytes a second that a device sends and receives, and a latency.
 
-    `latency_ns` is what a message takes besides its bytes; `efficiency` the part of the bandwidth that large
-    messages reach.
+    `latency_ns` is what a hop takes besides its bytes; `efficiency` the part of the bandwidth that large messages
+    reach. `group_size` hosts hang below one leaf of a fat tree (0: all); what leaves it gets 1/`oversubscription` of
+    the bandwidth. `collectives` are measured curves, by collective; without them the bandwidth and latency count.
     """
 
     name: str
     bytes_per_second: float
     latency_ns: int
     efficiency: float = 1.0
+    group_size: int = 0
+    oversubscription: float = 1.0
+    collectives: Mapping[str, CollectiveCurve] = field(default_factory=dict)
+
+
+class Spread(NamedTuple):
+    """How a group of ranks lies: on how many hosts, how many of it on one, whether it leaves a leaf of the tree."""
+
+    num_hosts: int
+    per_host: int
+    leaves_group: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """`num_hosts` hosts of `devices_per_host` devices each; rank r is device r modulo devices_per_host of its host."""
+    """`num_hosts` hosts of `devices_per_host` devices each; rank r is device r modulo devices_per_host of its host.
+
+    A host is an island of NVLink or the like; where an island spans several machines (a rack of GB200), write the
+    island as the host.
+    """
 
     name: str
     device: Device
@@ -34,6 +54,7 @@ class Cluster:
     devices_per_host: int
     inside_host: Network
     between_hosts: Network
+    source: str = ""
 
     @property
     def num_devices(self) -> int:
@@ -44,6 +65,26 @@ class Cluster:
         """The slowest network that a collective of `ranks` must cross."""
         hosts = {rank // self.devices_per_host for rank in ranks}
         return self.inside_host if len(hosts) <= 1 else self.between_hosts
+
+    def spread(self, ranks: tuple[int, ...]) -> Spread:
+        """How `ranks` lie on the hosts; ranks a host are those of the fullest one."""
+        counts: dict[int, int] = {}
+        for rank in ranks:
+            host = rank // self.devices_per_host
+            counts[host] = counts.get(host, 0) + 1
+        return Spread(len(counts), max(counts.values(), default=0), self._leaves(counts))
+
+    def regular_spread(self, num_ranks: int, stride: int) -> Spread:
+        """`spread` of ranks 0, stride, 2·stride, … without listing them: what a plan's groups are."""
+        per_host = max(1, min(num_ranks, self.devices_per_host // stride))
+        num_hosts = -(-num_ranks // per_host)
+        reach = max(1, stride // self.devices_per_host) * num_hosts
+        size = self.between_hosts.group_size
+        return Spread(num_hosts, per_host, num_hosts > 1 and 0 < size < reach)
+
+    def _leaves(self, hosts: Mapping[int, int]) -> bool:
+        size = self.between_hosts.group_size
+        return bool(size) and len({host // size for host in hosts}) > 1
 
     def check_fits(self, world_size: int) -> None:
         """Raise HardwareError if there are fewer devices than ranks."""
@@ -56,7 +97,10 @@ class Cluster:
 
 
 def load_cluster(name: str | Path) -> Cluster:
-    """The cluster of a shipped name (such as `h100x8`) or of a TOML file; raises HardwareError."""
+    """The cluster of a shipped name (such as `h100x8`) or of a TOML file; raises HardwareError.
+
+    `inside_host` takes the collectives that were measured on the device, unless the file gives its own.
+    """
     table, where = load_table(str(name), "cluster")
     for part in ("inside_host", "between_hosts"):
         table[part] = _network(table.get(part), f"{where}: [{part}]")
@@ -65,6 +109,8 @@ def load_cluster(name: str | Path) -> Cluster:
         raise HardwareError(f"{where}: expected device to name a device or a TOML file, got {device!r}")
     nearby = Path(name).parent / device  # a device file named relative to its cluster file
     table["device"] = load_device(str(nearby) if nearby.suffix == ".toml" else device)
+    if not table["inside_host"].collectives:
+        table["inside_host"] = replace(table["inside_host"], collectives=table["device"].collectives)
     cluster = from_table(Cluster, table, where)
     if cluster.num_hosts < 1 or cluster.devices_per_host < 1:
         raise HardwareError(f"{where}: expected at least one host and one device a host")
@@ -72,9 +118,61 @@ def load_cluster(name: str | Path) -> Cluster:
 
 
 def _network(table: Any, where: str) -> Network:
-    if not isinstance(table, dict):
-        raise HardwareError(f"{where}: expected a table with name, bytes_per_second and latency_ns")
-    network = from_table(Network, table, where)
+    if isinstance(table, dict) and "collectives" in table:
+        curves = {
+            op: section(CollectiveCurve, curve, f"{where}.collectives.{op}")
+            for op, curve in table["collectives"].items()
+        }
+        table = {**table, "collectives": curves}
+    network = section(Network, table, where)
     if not network.bytes_per_second:
         raise HardwareError(f"{where}: expected bytes_per_second above 0")
+    if network.oversubscription < 1:
+        raise HardwareError(f"{where}: expected oversubscription of at least 1, got {network.oversubscription}")
     return network
+
+
+def load_plain(path: str | Path) -> Cluster:
+    """A cluster from plain JSON, `{"devices": […], "memory": {…}}`; raises HardwareError.
+
+    Each device: `name`, `tflops` (half precision, dense) or `flops`, `memory_gb`, `bandwidth_gb_s`; `count` devices
+    (default 1) of the first entry make up one host. `memory` holds what the devices leave out; `network`, if there,
+    `bandwidth_gb_s` and `latency_us` between devices.
+    """
+    where = str(path)
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HardwareError(f"{where}: expected JSON such as {{'devices': [...], 'memory': {{...}}}}") from error
+    devices = table.get("devices") if isinstance(table, dict) else None
+    if not isinstance(devices, list) or not devices or not all(isinstance(item, dict) for item in devices):
+        raise HardwareError(f"{where}: expected 'devices' to be a list of at least one table")
+    first = {**(table.get("memory") or {}), **devices[0]}
+    flops = _plain(first, {"tflops": 1e12, "flops": 1.0, "peak_tflops": 1e12}, where, "tflops")
+    device = Device(
+        name=str(first.get("name", "device")),
+        source=where,
+        flops_per_second={"float32": flops, "bfloat16": flops, "float16": flops},
+        memory_bytes=int(_plain(first, {"memory_gb": 1e9, "capacity_gb": 1e9, "size_gb": 1e9}, where, "memory_gb")),
+        memory_bytes_per_second=_plain(
+            first, {"bandwidth_gb_s": 1e9, "bandwidth_gbps": 1e9, "bandwidth": 1e9}, where, "bandwidth_gb_s"
+        ),
+    )
+    link = table.get("network") or {}
+    network = Network(
+        name="network",
+        bytes_per_second=float(link.get("bandwidth_gb_s", 25.0)) * 1e9,
+        latency_ns=round(float(link.get("latency_us", 5.0)) * 1e3),
+    )
+    count = sum(int(item.get("count", 1)) for item in devices)
+    return Cluster(
+        name=where, device=device, num_hosts=1, devices_per_host=count, inside_host=network, between_hosts=network
+    )
+
+
+def _plain(table: Mapping[str, Any], names: Mapping[str, float], where: str, wanted: str) -> float:
+    for name, factor in names.items():
+        value = table.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+            return float(value) * factor
+    raise HardwareError(f"{where}: expected a device with {wanted} above 0, got {', '.join(table) or 'nothing'}")

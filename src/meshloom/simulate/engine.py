@@ -1,169 +1,174 @@
-"""Play the traces of all ranks against a cluster: a deterministic event heap, from traces to a `Timeline`. No torch.
+"""Play a program against a cluster: a deterministic event heap, from nodes to a `Timeline`. No torch.
 
 Each rank computes one op at a time and communicates one message or collective at a time; the two overlap. A
-collective starts when every rank of its group that has a trace has reached it. Ties are broken by rank, then by the
-order in the file, so that equal inputs give equal timelines.
+collective starts when every rank of its group that has a trace has reached it. Ties are broken by the order in which
+nodes became ready, so that equal inputs give equal timelines.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heappushpop
 
-from meshloom.chakra.timeline import Span, Timeline, Track
-from meshloom.chakra.trace import CommType, Node, NodeType, Trace
+from meshloom.chakra.timeline import Span, Timeline
+from meshloom.chakra.trace import Trace
 from meshloom.errors import SimulationError
 from meshloom.hardware.cluster import Cluster
-from meshloom.simulate.compute import duration_ns
-from meshloom.simulate.network import collective_ns, message_ns
-
-_Meeting = tuple[object, ...]  # what the ends of one collective or message share
+from meshloom.simulate.change import Change, change
+from meshloom.simulate.program import COMMUNICATION, COMPUTE, HOST, Durations, Program, program_of
 
 
-def simulate(traces: Mapping[int, Trace], cluster: Cluster) -> Timeline:
+def simulate(
+    traces: Mapping[int, Trace],
+    cluster: Cluster,
+    *,
+    durations: Durations = "model",
+    fold: bool = True,
+    wanted: Change | None = None,
+) -> Timeline:
     """When each node would run on `cluster`, rank r on its device r.
 
-    Raises HardwareError if the cluster is too small, SimulationError if the traces cannot run to their end.
+    With `durations="measured"` nodes take the time that their trace says; with `fold` ranks that do the same are
+    played once; `wanted` asks what would be if. Raises HardwareError if the cluster is too small, SimulationError if
+    the traces cannot run to their end.
     """
     cluster.check_fits(max(int(trace.get("world_size", 0)) or rank + 1 for rank, trace in traces.items()))
-    return _Engine(traces, cluster).run()
-
-
-class _Engine:
-    """The state of one simulation."""
-
-    def __init__(self, traces: Mapping[int, Trace], cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.traces = traces
-        self.nodes: dict[tuple[int, int], Node] = {}
-        self.waiting: dict[tuple[int, int], int] = {}  # (rank, node) -> dependencies that have not ended
-        self.needed_by: dict[tuple[int, int], list[int]] = defaultdict(list)
-        self.meetings: dict[tuple[int, int], _Meeting] = {}
-        self.parties: dict[_Meeting, set[int]] = defaultdict(set)
-        self.arrived: dict[_Meeting, dict[int, tuple[int, int]]] = defaultdict(dict)  # rank -> (when, node)
-        self.queue: dict[int, list[tuple[int, int]]] = defaultdict(list)  # rank -> ready compute (when, node)
-        self.computing: set[int] = set()
-        self.port_free_ns: dict[int, int] = defaultdict(int)
-        self.events: list[tuple[int, int, int, int]] = []  # when, order, rank, node that ends
-        self.order = 0
-        self.spans: list[Span] = []
-        for rank, trace in traces.items():
-            self._load(rank, trace)
-
-    def _load(self, rank: int, trace: Trace) -> None:
-        counts: dict[_Meeting, int] = defaultdict(int)
-        ids = {node.id for node in trace.nodes}
-        for node in trace.nodes:
-            key = rank, node.id
-            self.nodes[key] = node
-            dependencies = {*node.data_deps, *node.ctrl_deps} & ids
-            self.waiting[key] = len(dependencies)
-            for dependency in dependencies:
-                self.needed_by[rank, dependency].append(node.id)
-            if node.is_comm:
-                flow: _Meeting = _flow(node)
-                meeting = (*flow, counts[flow])
-                counts[flow] += 1
-                self.meetings[key] = meeting
-                self.parties[meeting] |= {party for party in _ranks(node) if party in self.traces} | {rank}
-
-    def run(self) -> Timeline:
-        """Play to the end."""
-        for (rank, node), count in list(self.waiting.items()):
-            if not count:
-                self._ready(0, rank, node)
-        left, now = len(self.nodes), 0
-        while self.events:
-            now, _, rank, node = heappop(self.events)
-            left -= 1
-            if self.nodes[rank, node].type == NodeType.COMP and rank in self.computing and self._is_device(rank, node):
-                self.computing.discard(rank)
-            for successor in self.needed_by[rank, node]:
-                self.waiting[rank, successor] -= 1
-                if not self.waiting[rank, successor]:
-                    self._ready(now, rank, successor)
-            self._start_compute(now, rank)
-        if left:
-            raise SimulationError(self._deadlock())
-        return Timeline(
-            spans=self.spans,
-            source="predicted",
-            world_size=len(self.traces),
-            makespan_ns=now,
-            cluster=self.cluster.name,
+    program = program_of(traces, cluster, durations=durations, fold=fold)
+    if wanted is not None:
+        change(program, wanted)
+    starts, ends = play(program)
+    spans = [
+        Span(
+            rank,
+            "communication" if program.kind[number] == COMMUNICATION else "compute",
+            node.name,
+            starts[number],
+            ends[number] - starts[number],
+            node.id,
+            node.get("phase", ""),
+            node.get("module", ""),
         )
+        for number, node in enumerate(program.nodes)
+        if _shown(program, number)
+        for rank in program.roles[program.owner[number]]
+    ]
+    spans.sort(key=lambda span: (span.start_ns, span.rank))
+    return Timeline(
+        spans=spans,
+        source="predicted",
+        world_size=len(traces),
+        makespan_ns=max(ends, default=0),
+        cluster=cluster.name,
+    )
 
-    def _is_device(self, rank: int, node: int) -> bool:
-        return bool(self.nodes[rank, node].get("op_class", "memory") != "host")
 
-    def _ready(self, now: int, rank: int, node_id: int) -> None:
-        node = self.nodes[rank, node_id]
-        if node.is_comm:
-            self._arrive(now, rank, node)
-        elif node.type == NodeType.COMP and self._is_device(rank, node_id):
-            heappush(self.queue[rank], (now, node_id))
-            self._start_compute(now, rank)
+def _shown(program: Program, number: int) -> bool:
+    """Whether a node ran on a device: host scopes enclose others and are no work of their own."""
+    if program.kind[number] == HOST:
+        node = program.nodes[number]
+        return bool(node.get("op_class", "memory") != "host" and not node.get("is_cpu_op"))
+    return True
+
+
+def play(program: Program) -> tuple[list[int], list[int]]:
+    """Start and end of every node in nanoseconds; raises SimulationError where some never run.
+
+    One event a node that takes time; nodes that take none end where they become ready.
+    """
+    kind, duration, lag, owner = program.kind, program.duration_ns, program.lag_ns, program.owner
+    needed_by, meeting = program.needed_by, program.meeting
+    waiting, count = list(program.waiting), len(program.kind)
+    starts, ends, latest = [-1] * count, [-1] * count, [0] * count
+    arrived: list[list[int]] = [[] for _ in program.parties]
+    busy = [False] * len(program.roles)
+    queues: list[list[tuple[int, int]]] = [[] for _ in program.roles]
+    port_free = [0] * len(program.roles)
+    events: list[tuple[int, int]] = []
+    fresh: tuple[int, int] | None = None  # the newest event, mostly also the next: then the heap never sees it
+    ready = [(max(0, lag[number]), number) for number in range(count) if not waiting[number]]
+    ready.sort(reverse=True)
+    while True:
+        while ready:
+            when, number = ready.pop()
+            what, role = kind[number], owner[number]
+            if what == COMPUTE:
+                if busy[role]:
+                    heappush(queues[role], (when, number))
+                    continue
+                busy[role] = True
+            elif what == COMMUNICATION:
+                place = meeting[number]
+                if place >= 0:
+                    starts[number] = when
+                    _meet(program, number, arrived[place], starts, port_free, events)
+                    continue
+                when = max(when, port_free[role])  # nobody to wait for
+                port_free[role] = when + duration[number]
+            starts[number] = when
+            if fresh is not None:
+                heappush(events, fresh)
+            fresh = when + duration[number], number
+        if fresh is not None:
+            now, number = heappushpop(events, fresh)
+            fresh = None
+        elif events:
+            now, number = heappop(events)
         else:
-            self._end_at(now, rank, node_id)
+            break
+        ends[number] = now
+        for follower in reversed(needed_by[number]):  # the last is looked at first
+            latest[follower] = max(latest[follower], now)  # a measured scope ends after what it encloses began
+            waiting[follower] -= 1
+            if not waiting[follower]:
+                ready.append((max(0, latest[follower] + lag[follower]), follower))
+        if kind[number] == COMPUTE:
+            busy[owner[number]] = bool(queues[owner[number]])
+            if queues[owner[number]]:
+                _, following = heappop(queues[owner[number]])
+                starts[following] = now
+                heappush(events, (now + duration[following], following))
+    if -1 in ends:
+        raise SimulationError(_deadlock(program, ends, arrived))
+    return starts, ends
 
-    def _start_compute(self, now: int, rank: int) -> None:
-        if rank in self.computing or not self.queue[rank]:
-            return
-        _, node_id = heappop(self.queue[rank])
-        self.computing.add(rank)
-        node = self.nodes[rank, node_id]
-        length = duration_ns(node, self.cluster.device)
-        self._span(rank, "compute", node, now, length)
-        self._end_at(now + length, rank, node_id)
 
-    def _arrive(self, now: int, rank: int, node: Node) -> None:
-        meeting = self.meetings[rank, node.id]
-        arrived = self.arrived[meeting]
-        arrived[rank] = now, node.id
-        if len(arrived) < len(self.parties[meeting]):
-            return
-        start = max([now, *(self.port_free_ns[party] for party in arrived)])
-        length = self._length(node)
-        for party, (_, node_id) in sorted(arrived.items()):
-            self.port_free_ns[party] = start + length
-            self._span(party, "communication", self.nodes[party, node_id], start, length)
-            self._end_at(start + length, party, node_id)
+def _meet(
+    program: Program,
+    number: int,
+    group: list[int],
+    starts: list[int],
+    port_free: list[int],
+    events: list[tuple[int, int]],
+) -> None:
+    """Once all are there: a meeting begins when the last has come and all ports are free."""
+    group.append(number)
+    if len(group) < program.parties[program.meeting[number]]:
+        return
+    begin = max(max(starts[each], port_free[program.owner[each]]) for each in group)
+    for each in group:
+        starts[each] = begin
+        port_free[program.owner[each]] = end = begin + program.duration_ns[each]
+        heappush(events, (end, each))
 
-    def _length(self, node: Node) -> int:
-        size = int(node.get("comm_size", 0))
-        if node.type == NodeType.COMM_COLL:
-            return collective_ns(CommType(node.get("comm_type")), size, _ranks(node), self.cluster)
-        return message_ns(size, int(node.get("comm_src")), int(node.get("comm_dst")), self.cluster)
 
-    def _end_at(self, when: int, rank: int, node: int) -> None:
-        self.order += 1
-        heappush(self.events, (when, self.order, rank, node))
-
-    def _span(self, rank: int, track: Track, node: Node, start_ns: int, length: int) -> None:
-        phase, module = node.get("phase", ""), node.get("module", "")
-        self.spans.append(Span(rank, track, node.name, start_ns, length, node.id, phase, module))
-
-    def _deadlock(self) -> str:
-        for meeting, arrived in self.arrived.items():
-            missing = sorted(self.parties[meeting] - set(arrived))
-            if missing:
-                rank, (_, node) = next(iter(arrived.items()))
-                return (
-                    f"deadlock: rank {rank} waits in {self.nodes[rank, node].name} (node {node}, {meeting[0]}) for "
-                    f"rank {missing[0]}, which never reaches it; run `meshloom check`"
+def _deadlock(program: Program, ends: list[int], arrived: list[list[int]]) -> str:
+    for place, group in enumerate(arrived):
+        if group and ends[group[0]] < 0:
+            number = group[0]
+            node, rank = program.nodes[number], program.roles[program.owner[number]][0]
+            missing = program.missing.get(place)
+            if missing is None:
+                here = {program.owner[each] for each in group}
+                missing = next(
+                    program.roles[program.owner[each]][0]
+                    for each in range(len(ends))
+                    if program.meeting[each] == place and program.owner[each] not in here
                 )
-        rank, node = next(key for key, count in self.waiting.items() if count)
-        return f"rank {rank}: node {node} waits for a node that never ends; run `meshloom check`"
-
-
-def _flow(node: Node) -> _Meeting:
-    if node.type == NodeType.COMM_COLL:
-        return (f"group {node.get('pg_name')}",)
-    return (f"message from {node.get('comm_src')} to {node.get('comm_dst')}", node.get("comm_tag"))
-
-
-def _ranks(node: Node) -> tuple[int, ...]:
-    if node.type == NodeType.COMM_COLL:
-        return tuple(node.get("comm_ranks") or ())
-    return int(node.get("comm_src")), int(node.get("comm_dst"))
+            group_name = f"group {node.get('pg_name')}" if node.get("pg_name") is not None else "a message"
+            return (
+                f"deadlock: rank {rank} waits in {node.name} (node {node.id}, {group_name}) for "
+                f"rank {missing}, which never reaches it; run `meshloom check`"
+            )
+    number = ends.index(-1)
+    node, rank = program.nodes[number], program.roles[program.owner[number]][0]
+    return f"rank {rank}: node {node.id} waits for a node that never ends; run `meshloom check`"

@@ -1,0 +1,103 @@
+"""From a TOML file to a frozen dataclass: units are read off the keys, and what is wrong is told in one line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from meshloom.errors import HardwareError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+# ending of a key in SI -> other endings that mean the same in another unit, and their factor
+_UNITS: dict[str, dict[str, float]] = {
+    "_bytes_per_second": {
+        "_mb_per_second": 1e6, "_gb_per_second": 1e9, "_tb_per_second": 1e12, "_gib_per_second": 2**30,
+        "_gbit_per_second": 1e9 / 8,
+    },
+    "_bytes": {"_kb": 1e3, "_mb": 1e6, "_gb": 1e9, "_kib": 2**10, "_mib": 2**20, "_gib": 2**30},
+    "_ns": {"_us": 1e3, "_ms": 1e6, "_s": 1e9},
+}  # fmt: skip
+
+
+def load_table(name: str, kind: str) -> tuple[dict[str, Any], str]:
+    """The TOML table of a shipped spec or of a file, and where it came from; raises HardwareError."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        spec = resources.files("meshloom.hardware") / "specs" / f"{name}.toml"
+        if not spec.is_file():
+            raise HardwareError(f"{kind} {name!r}: expected a TOML file or one of {', '.join(shipped(kind))}")
+        return tomllib.loads(spec.read_text(encoding="utf-8")), name
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")), str(path)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        raise HardwareError(f"{path}: expected a TOML file that describes a {kind}, got '{what}'") from error
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the shipped specs of a kind: `device` or `cluster`."""
+    folder = resources.files("meshloom.hardware") / "specs"
+    is_cluster = {
+        spec.name.removesuffix(".toml"): "num_hosts" in tomllib.loads(spec.read_text(encoding="utf-8"))
+        for spec in folder.iterdir()
+        if spec.name.endswith(".toml")
+    }
+    return sorted(name for name, cluster in is_cluster.items() if cluster == (kind == "cluster"))
+
+
+def section(kind: type[T], table: Any, where: str) -> T:
+    """A dataclass from a table inside a file; raises HardwareError if there is something else."""
+    if not isinstance(table, dict):
+        known = ", ".join(item.name for item in fields(kind))  # type: ignore[arg-type]
+        raise HardwareError(f"{where}: expected a table with {known}")
+    return from_table(kind, table, where)
+
+
+def from_table(kind: type[T], table: dict[str, Any], where: str) -> T:
+    """A frozen dataclass from a TOML table, in SI units: unknown, missing and ill-typed keys raise HardwareError."""
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    table = dict(_in_si(key, value, known, where) for key, value in table.items())
+    missing = [
+        name
+        for name, item in known.items()
+        if name not in table and item.default is MISSING and item.default_factory is MISSING
+    ]
+    if missing:
+        raise HardwareError(f"{where}: expected the key {missing[0]!r}, which is missing")
+    for name, value in table.items():
+        declared = str(known[name].type)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if declared in ("int", "float") and not (number and value >= 0):
+            raise HardwareError(f"{where}: expected {name} to be a number of at least 0, got {value!r}")
+        if declared == "str" and not isinstance(value, str):
+            raise HardwareError(f"{where}: expected {name} to be text, got {value!r}")
+        if declared == "bool" and not isinstance(value, bool):
+            raise HardwareError(f"{where}: expected {name} to be true or false, got {value!r}")
+    return kind(**table)
+
+
+def _in_si(key: str, value: Any, known: dict[str, Any], where: str) -> tuple[str, Any]:
+    """`memory_gb = 80` is `memory_bytes = 80e9`; a key that is neither raises HardwareError and names the units."""
+    if key in known:
+        return key, value
+    for si, others in _UNITS.items():
+        for ending, factor in others.items():
+            name = key.removesuffix(ending) + si
+            if key.endswith(ending) and name in known:
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                return name, type(value)(value * factor) if number else value
+    for name in known:
+        for si, others in _UNITS.items():
+            if name.endswith(si) and key.startswith(name.removesuffix(si) + "_"):
+                units = ", ".join(name.removesuffix(si) + ending for ending in others)
+                raise HardwareError(f"{where}: {key!r} has an unknown unit; write {name} or one of {units}")
+    raise HardwareError(f"{where}: expected keys {', '.join(known)}, got {key!r}")
