@@ -15,7 +15,7 @@ from meshloom.errors import PlanError
 from meshloom.parallel.discover import Discovery, Pair, discover
 from meshloom.parallel.fake import trouble_of_part
 from meshloom.parallel.mesh import Mesh
-from meshloom.parallel.pipeline import Pipeline, check_stages
+from meshloom.parallel.pipeline import Pipeline, Stages, find_stages
 from meshloom.parallel.shard import shard_of
 from meshloom.parallel.styles import Part, cut_linear
 from meshloom.plan import Plan
@@ -34,17 +34,21 @@ class Decision:
 
 def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> Discovery:
     """How the model is cut by `plan`; raises PlanError naming the module and number that the plan cannot take."""
+    return find_cut(model, plan, example)[0]
+
+
+def find_cut(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> tuple[Discovery, Stages | None]:
+    """How the layers are cut by `plan`, and its pipeline's stages if it has one; raises PlanError as `check_plan`."""
     if plan.cp > 1:
         raise PlanError(f"plan {plan}: context parallel is not built yet; use cp1 and more dp or tp")
     if plan.sequence_parallel:
         raise PlanError(f"plan {plan}: sequence parallel is not built yet; leave out sp")
     if plan.tp == plan.pp == 1:
-        return Discovery(pairs=(), kept={})
+        return Discovery(pairs=(), kept={}), None
     try:
-        if plan.pp > 1:
-            check_stages(model, plan, example)
+        stages = find_stages(model, plan, example) if plan.pp > 1 else None
         if plan.tp == 1:
-            return Discovery(pairs=(), kept={})
+            return Discovery(pairs=(), kept={}), stages
         found = discover(model, example)
     except RuntimeError as error:  # of CannotFollow, or of a forward that fails on fake tensors
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -60,7 +64,7 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
                     f"plan {plan}: {path} has {units} {what}, which tp{plan.tp} does not divide; "
                     f"use a divisor of {units}"
                 )
-    return found
+    return found, stages
 
 
 def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -70,15 +74,14 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
-    found = check_plan(model, plan, example)
-    stages = check_stages(model, plan, example) if plan.pp > 1 else None
+    found, stages = find_cut(model, plan, example)
     if found.pairs:
         _cut(model, found.pairs, mesh)
     for name in found.partial:  # such as the norm of each head
         model.get_parameter(name).register_hook(partial(sum_over, group=mesh.groups["tp"]))
     if found.pairs and trouble_of_part(model, example, found.shapes(plan.tp)):
         _fit_counts(model, found, example, plan)
-    return Pipeline(model, mesh=mesh, example=example, stages=stages) if plan.pp > 1 else model
+    return Pipeline(model, mesh=mesh, stages=stages) if stages is not None else model
 
 
 def explain(found: Discovery) -> list[Decision]:

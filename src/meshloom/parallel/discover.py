@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from meshloom.parallel.fake import Seen, run_fake
+from meshloom.parallel.fake import Seen, run_fake, tensors_among
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import RULES, Cut, Trail, Whole, pointwise
 
@@ -164,8 +163,8 @@ class _Follow(TorchDispatchMode):
                 self.trail.lose(self.trail.inside, told)
             return out
         cuts, name = self.trail.cuts, func.overloadpacket.__name__
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        tensors = tensors_among((*args, *(kwargs or {}).values()))
+        results = tensors_among((out,))
         self.trail.note_uniform(func, tensors, results)
         self.trail.meet(name, tensors, results)
         if any(tensor in cuts for tensor in tensors):
