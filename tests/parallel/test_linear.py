@@ -177,6 +177,19 @@ def test_under_autocast(mesh: Mesh) -> None:
     torch.testing.assert_close(cut.before.weight.grad, single.before.weight.grad, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
+def test_a_compiler_sees_through_a_cut_layer(mesh: Mesh) -> None:
+    model = parallelize(_llama(layers=1), plan=mesh.plan, mesh=mesh)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    layer = model.model.layers[0]
+    layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
 @pytest.mark.parametrize("leaf", [True, False])
 def test_nothing_is_kept_alive(mesh: Mesh, leaf: bool) -> None:
     _, cut = _pair(mesh, bias=True, input_major=False)

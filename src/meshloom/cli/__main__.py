@@ -19,6 +19,7 @@ from meshloom.errors import MeshloomError
 COMMANDS = {
     "demo": "The whole road in one go: train, trace, check, synthesise, simulate, report.",
     "train": "Train a model on a plan of ranks, and record a step if asked.",
+    "launch": "Run one rank of a command in this terminal, so that a debugger works in it.",
     "capture": "Make Chakra traces again from the files that a recorded step left.",
     "parallelize": "Say how a model is cut by a plan and why, and certify that it computes the same.",
     "synth": "Synthesise the traces of a training step on ranks that you do not have.",

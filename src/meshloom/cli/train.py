@@ -97,7 +97,7 @@ def train(
     if world is not None:
         cut.with_world_size(world[1])
         if out is None:
-            raise UsageError("expected --out under torchrun, so that all ranks write to one folder")
+            raise UsageError("expected --out where each rank is started by itself, so that all write to one folder")
     job = _job(model=model, data=data, plan=cut, **options)
     num_parameters = check_job(job, _free_memory() if world is None and device != "cuda" else None)
     is_first = world is None or world[0] == 0

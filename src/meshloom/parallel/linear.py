@@ -40,6 +40,8 @@ class _LeaveRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        if torch.compiler.is_compiling():  # which finds out by itself what may take whose memory
+            return _all_reduce(x, group_name)
         ctx.mark_dirty(x)
         _wait_op(_all_reduce_in_place_op(x, "sum", group_name))
         return x
@@ -146,9 +148,9 @@ class ColumnParallelLinear(CutLinear):
         if not (x.requires_grad and torch.is_grad_enabled()):
             return _product(x, self.weight, self.bias, self.input_major)
         group_name = self.group.group_name
-        # A leaf is kept alive by what is computed from it, so it must not keep that; a compiler sees no Python
-        # attributes, and autocast no products inside of autograd functions.
-        if x.is_leaf or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        # A compiler sees no Python attributes, and autocast no products inside of autograd functions; a leaf is kept
+        # alive by what is computed from it, so it must not keep that.
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.is_leaf:
             return _product(enter_region(x, self.group), self.weight, self.bias, self.input_major)
         known: _Entered | None = getattr(x, "entered_region", None)
         # The owner enters anew: where activations are recomputed, it must do again what it did before.
