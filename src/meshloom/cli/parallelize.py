@@ -91,18 +91,16 @@ def command(
 def _decisions(config: Any, objective: Any, plan: Plan) -> dict[str, Any]:
     """What becomes of each layer, found on a model without data."""
     from meshloom.model.build import build_model, example_batch, num_parameters
-    from meshloom.parallel.apply import check_plan, explain
-    from meshloom.parallel.pipeline import check_stages
+    from meshloom.parallel.apply import explain, find_cut
 
     model = build_model(config, objective, seed=0, device="meta")
     example = example_batch(objective, micro_batch=1, seq_length=8, device="meta")
-    found = check_plan(model, plan, example)
-    stages = check_stages(model, plan, example) if plan.pp > 1 else []
+    found, stages = find_cut(model, plan, example)
     return {
         "num_parameters": num_parameters(model),
         "layers": [asdict(decision) for decision in explain(found)],
         "summed_gradients": list(found.partial),
-        "stages": [list(stage) for stage in stages],
+        "stages": [list(stage) for stage in stages.layers] if stages is not None else [],
     }
 
 

@@ -142,7 +142,7 @@ def train(
     if world is not None:
         cut.with_world_size(world[1])
         if out is None:
-            raise UsageError("expected --out under torchrun, so that all ranks write to one folder")
+            raise UsageError("expected --out where each rank is started by itself, so that all write to one folder")
     resumed = _resumed(resume, out, options["max_steps"])
     begun = resumed.step if resumed else 0
     first_traced = _first_traced(trace_step, trace_active, options["max_steps"], begun)

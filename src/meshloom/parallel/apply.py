@@ -20,9 +20,8 @@ from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
 from meshloom.parallel.fake import trouble_of_part
 from meshloom.parallel.flow import find_layers
-from meshloom.parallel.linear import ColumnParallelLinear, Entrance
 from meshloom.parallel.mesh import Mesh
-from meshloom.parallel.pipeline import Pipeline, check_stages
+from meshloom.parallel.pipeline import Pipeline, Stages, find_stages
 from meshloom.parallel.recompute import recompute
 from meshloom.parallel.sequence import cut_sequence, sequence_example
 from meshloom.parallel.shard import Shard, mark, shard_of
@@ -45,17 +44,21 @@ class Decision:
 
 def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> Discovery:
     """How the model is cut by `plan`; raises PlanError naming the module and number that the plan cannot take."""
+    return find_cut(model, plan, example)[0]
+
+
+def find_cut(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> tuple[Discovery, Stages | None]:
+    """How the layers are cut by `plan`, and its pipeline's stages if it has one; raises PlanError as `check_plan`."""
     if plan.cp > 1:
         raise PlanError(f"plan {plan}: context parallel is not built yet; use cp1 and more dp or tp")
     if plan.sequence_parallel and plan.tp == 1:
         raise PlanError(f"plan {plan}: sequence parallel needs tensor parallel; write tp2.sp, or leave out sp")
     if plan.tp == plan.pp == 1:
-        return Discovery(pairs=(), kept={})
+        return Discovery(pairs=(), kept={}), None
     try:
-        if plan.pp > 1:
-            check_stages(model, plan, example)
+        stages = find_stages(model, plan, example) if plan.pp > 1 else None
         if plan.tp == 1:
-            return Discovery(pairs=(), kept={})
+            return Discovery(pairs=(), kept={}), stages
         found = discover(model, example)
         taken = {path for pair in found.pairs for path in (*pair.columns, *pair.rows)}
         found = replace(found, vocabulary=find_vocabulary(model, example, taken))
@@ -78,7 +81,7 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
             raise PlanError(f"plan {plan}: sequence parallel needs layers that tensor parallel cuts; leave out sp")
         cut = cut_sequence(model, sequence_example(example, plan.tp), found.pairs)
         found = replace(found, sequence=cut)
-    return found
+    return found, stages
 
 
 def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -88,8 +91,7 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
-    found = check_plan(model, plan, example)
-    stages = check_stages(model, plan, example) if plan.pp > 1 else None
+    found, stages = find_cut(model, plan, example)
     if found.pairs:
         _cut(model, found.pairs, mesh)
     for name in found.partial:  # such as the norm of each head
@@ -103,7 +105,7 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     if found.pairs and has_dropout(model):
         _draw_apart(model, found, mesh)
     recompute(model, find_layers(model), plan.recompute)
-    return Pipeline(model, mesh=mesh, example=example, stages=stages) if plan.pp > 1 else model
+    return Pipeline(model, mesh=mesh, stages=stages) if stages is not None else model
 
 
 def explain(found: Discovery) -> list[Decision]:
@@ -183,7 +185,6 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
     made: dict[tuple[int, str, int], nn.Parameter] = {}  # layers that were tied stay tied
     for pair in pairs:
         styles = {**dict.fromkeys(pair.columns, "column"), **dict.fromkeys(pair.rows, "row")}
-        entrance = Entrance(group)
         for path, style in styles.items():
             whole = model.get_submodule(path)
             num_blocks = pair.columns.get(path, 1)
@@ -195,8 +196,6 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
                 if key not in made and num_copies > 1:
                     parameter.register_hook(partial(sum_gradient, group=_sharers(mesh, num_copies)))
                 setattr(part, name, made.setdefault(key, parameter))
-            if isinstance(part, ColumnParallelLinear):
-                part.entrance = entrance
             parts[whole] = part
     _replace(model, parts)
     _retie(model, {whole: parameter for (whole, _, _), parameter in made.items()})

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from meshloom.parallel.embeddings import Vocabulary
-from meshloom.parallel.fake import Seen, run_fake
+from meshloom.parallel.fake import Seen, run_fake, tensors_among
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import RULES, SEQUENCE, Cut, Trail, Whole, pointwise
 
@@ -175,8 +174,8 @@ class Follow(TorchDispatchMode):
                 self.trail.lose(self.trail.inside, told)
             return out
         cuts, name = self.trail.cuts, func.overloadpacket.__name__
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        tensors = tensors_among((*args, *(kwargs or {}).values()))
+        results = tensors_among((out,))
         for tensor in tensors if self.trail.entered else ():
             if tensor in self.trail.entered:
                 self.trail.lose((SEQUENCE,), f"{name} uses what is gathered for {self.trail.entered[tensor]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from meshloom.parallel.linear import Border, CutLinear
 from meshloom.parallel.styles import linear_shape
@@ -80,6 +79,17 @@ def run_fake(
             result(returned)
 
 
+def tensors_among(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an op's arguments or results, and in lists of them: ops nest no deeper, so this is all."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
+
+
 @contextmanager
 def _experts_of_known_shape(model: nn.Module) -> Iterator[None]:
     """Within this, experts run as one batched product: on fake tensors nobody knows how many tokens each would get,
@@ -108,7 +118,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not self.inside and func.namespace != "prim":
-            results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            results = tensors_among((out,))
             self.seen += [Seen(func.overloadpacket.__name__, tuple(result.shape)) for result in results]
         return out
 

@@ -10,6 +10,7 @@ in-place writes need no special case. Knows nothing of ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from meshloom.errors import PlanError
-from meshloom.parallel.fake import run_fake
+from meshloom.parallel.fake import run_fake, tensors_among
 
 
 class Output(NamedTuple):
@@ -63,6 +64,10 @@ def trace_flow(model: nn.Module, example: Mapping[str, Tensor]) -> Flow:
     A list whose entries are not called once each, one after another, is no list of layers.
     """
     candidates = find_layers(model)
+    with suppress(PlanError):  # of layers that are none
+        flow = _Tracer(model, candidates).run(example) if candidates else None
+        if flow is not None:
+            return flow
     calls = _calls(model, example, candidates)
     lists: dict[str, list[str]] = {}
     for path in candidates:
@@ -71,7 +76,9 @@ def trace_flow(model: nn.Module, example: Mapping[str, Tensor]) -> Flow:
     layers = [call for call in calls if call.rpartition(".")[0] in good]
     if not layers:
         raise PlanError("pipeline parallel: expected a list of layers that run one after another, found none; use pp1")
-    return _Tracer(model, layers).run(example)
+    flow = _Tracer(model, layers).run(example)
+    assert flow is not None, "the same calls in the same order"
+    return flow
 
 
 def _calls(model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str]) -> list[str]:
@@ -88,7 +95,7 @@ def _calls(model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str]
     return calls
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Made:
     """What a tensor was made of."""
 
@@ -98,6 +105,9 @@ class _Made:
 
     def __or__(self, other: _Made) -> _Made:
         return _Made(self.outputs | other.outputs, self.parameters | other.parameters, self.inside | other.inside)
+
+
+_NOTHING = _Made()
 
 
 @dataclass(slots=True)
@@ -120,9 +130,10 @@ class _Tracer(TorchDispatchMode):
         self.shapes: dict[Output, tuple[tuple[int, ...], torch.dtype]] = {}
         self.returns: dict[int, TreeSpec] = {}
         self.current: int | None = None
+        self.calls: list[int] = []
 
-    def run(self, example: Mapping[str, Tensor]) -> Flow:
-        """The flow of a forward on `example`."""
+    def run(self, example: Mapping[str, Tensor]) -> Flow | None:
+        """The flow of a forward on `example`; None if it does not call the layers once each, in their order."""
         within = {id(p) for path in self.layers for p in self.model.get_submodule(path).parameters()}
         names = {id(p): name for name, p in self.model.named_parameters() if id(p) not in within}
         handles = []
@@ -135,6 +146,8 @@ class _Tracer(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+        if self.calls != list(range(len(self.layers))):
+            return None
         return Flow(
             layers=tuple(self.layers),
             needs=tuple(frozenset(part.outputs) for part in self.parts),
@@ -156,22 +169,23 @@ class _Tracer(TorchDispatchMode):
         self.made[storage._cdata] = made
 
     def _of(self, tensors: Sequence[Any]) -> _Made:
-        made = _Made()
+        made = _NOTHING
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 known = self.made.get(tensor.untyped_storage()._cdata)
-                made = made | known if known is not None else made
+                if known is not None:
+                    made = known if made is _NOTHING else made | known
         return made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.namespace == "prim":
             return out
-        made = self._of(tree_leaves((args, kwargs)))
+        made = self._of(tensors_among((*args, *(kwargs or {}).values())))
         if self.current is not None:
             self._consume(self.current, made)
             made = _Made(inside=frozenset((self.current,)))
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        results = tensors_among((out,))
         for result in results:
             known = self.made.get(result.untyped_storage()._cdata)
             # a view of what came into a layer is still what came into it
@@ -194,6 +208,7 @@ class _Tracer(TorchDispatchMode):
     def _enter(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.current = index
+            self.calls.append(index)
 
         return hook
 

@@ -1,7 +1,8 @@
 """Start the ranks of a run, and say what happened when one of them dies. The only place that reads the environment.
 
 On one host the ranks are forked by torchrun's elastic agent after one import, so that eight are ready in the time of
-one. Under `torchrun` (or any launcher that sets RANK and WORLD_SIZE) the calling process is a rank already.
+one. Under `torchrun` (or any launcher that sets RANK and WORLD_SIZE) the calling process is a rank already; so it is
+within `launched`, one rank started by hand.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshloom import errors
 from meshloom.errors import MeshloomError, PlanError, RunFailed
+from meshloom.parallel.meet import Meeting, meet
 
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+_MEETING = "MESHLOOM_MEETING"  # set by `launched`
 _ENDING = (signal.SIGTERM, signal.SIGINT)  # what the agent, a user or a terminal sends to end a rank
 
 
@@ -46,6 +51,28 @@ def cache_folder() -> Path:
     """Where what is slow to make is kept: MESHLOOM_CACHE_DIR, or meshloom in the cache folder of the user."""
     chosen = os.environ.get("MESHLOOM_CACHE_DIR")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meshloom"
+
+
+@contextmanager
+def launched(meeting: Meeting) -> Iterator[None]:
+    """Within this, the calling process is a rank, which meets the others when it opens its `rank_context`."""
+    told = {
+        "RANK": str(meeting.rank),
+        "WORLD_SIZE": str(meeting.world_size),
+        "LOCAL_RANK": str(meeting.rank),
+        "LOCAL_WORLD_SIZE": str(meeting.world_size),
+        _MEETING: json.dumps(asdict(meeting)),
+    }
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def run_ranks(function: Callable[..., None], *args: Any, num_ranks: int, log_dir: Path) -> None:
@@ -108,15 +135,29 @@ def rank_context(device: str = "auto") -> Iterator[torch.device]:
         # Ranks share the host's cores; with more threads than cores they only wait for one another.
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, num_cores // local_size))
-    if world_from_environment() is None:
-        # a single process that nobody launched is a world of one
-        store = HashStore()
-        dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=0, world_size=1)
-    else:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    try:
+    backend = "nccl" if use_cuda else "gloo"
+    with ExitStack() as stack:
+        if _MEETING in os.environ:
+            meeting = Meeting(**json.loads(os.environ[_MEETING]))
+            store = PrefixStore("world", stack.enter_context(meet(meeting)))
+            # the others wait in a collective while somebody thinks in a debugger
+            dist.init_process_group(
+                backend, store=store, rank=meeting.rank, world_size=meeting.world_size, timeout=timedelta(days=1)
+            )
+        elif world_from_environment() is None:
+            # a single process that nobody launched is a world of one
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+        stack.enter_context(_closed_in_the_end(use_cuda))
         yield chosen
         dist.barrier()
+
+
+@contextmanager
+def _closed_in_the_end(use_cuda: bool) -> Iterator[None]:
+    try:
+        yield
     finally:
         # gloo's destructor joins its threads while it holds the GIL; a thread that still has to drop the tensor of
         # the last collective wants the GIL too, and both wait for ever. A rank ends right after this, so its groups

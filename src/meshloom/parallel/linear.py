@@ -1,14 +1,16 @@
 """Linear layers cut over a tensor-parallel group, and the two collectives at the borders of a cut region.
 
 Column then row is Megatron-LM's pair (Shoeybi et al. 2019, section 3): the first layer's output features and the
-second's input features are cut alike, so one all-reduce in forward and one in backward serve both. Works on real,
-meta and fake tensors. Knows nothing of models.
+second's input features are cut alike, so one all-reduce in forward and one in backward serve both. Columns that read
+the same tensor, such as query, key and value, enter their region together: their gradients are added up on the rank
+before the group sums them, and the sum is under way while the first of them computes its weight's gradient. Works on
+real, meta and fake tensors. Knows nothing of models.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _functional = torch.ops._c10d_functional
+_all_reduce_op = _functional.all_reduce.default
+_all_reduce_in_place_op = _functional.all_reduce_.default
+_wait_op = _functional.wait_tensor.default
 
 
 class _EnterRegion(torch.autograd.Function):
@@ -32,20 +37,72 @@ class _EnterRegion(torch.autograd.Function):
 
 
 class _LeaveRegion(torch.autograd.Function):
-    """Forward: sum the ranks' parts. Backward: nothing."""
+    """Forward: sum the ranks' parts, in the memory of this rank's. Backward: nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
-        return all_reduce(x, group_name)
+        if torch.compiler.is_compiling():  # which finds out by itself what may take whose memory
+            return all_reduce(x, group_name)
+        ctx.mark_dirty(x)
+        _wait_op(_all_reduce_in_place_op(x, "sum", group_name))
+        return x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
+class _EnterByProduct(torch.autograd.Function):
+    """The product of the first column that reads x, and x itself for the columns that read it after.
+
+    Backward runs when the gradients of all of them are there; the weight's gradient is computed while the sum of the
+    input's is under way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, input_major: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.group_name, ctx.input_major, ctx.has_bias = group_name, input_major, bias is not None
+        entered = x.detach()  # of one storage, but no view: x keeps `entered`, which must not keep x
+        ctx.save_for_backward(entered, weight)
+        return _product(entered, weight, bias, input_major), entered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_out, of_entered = grads
+        if of_out is None:  # nobody used this column's output
+            assert of_entered is not None
+            return all_reduce(of_entered, ctx.group_name), None, None, None, None
+        flat = of_out.reshape(-1, of_out.size(-1))  # (B·T, O/tp)
+        back = weight.t() if ctx.input_major else weight  # (O/tp, I)
+        if of_entered is None:
+            of_x = flat @ back
+        else:
+            of_x = torch.addmm(of_entered.reshape(-1, of_entered.size(-1)), flat, back)
+        of_x = _all_reduce_in_place_op(of_x, "sum", ctx.group_name)
+        of_weight = of_bias = None
+        if ctx.needs_input_grad[1]:
+            rows = x.reshape(-1, x.size(-1))  # (B·T, I)
+            of_weight = rows.t() @ flat if ctx.input_major else flat.t() @ rows
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            of_bias = flat.sum(0)
+        return _wait_op(of_x).view(x.shape), of_weight, of_bias, None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool) -> Tensor:
+    if not input_major:
+        return functional.linear(x, weight, bias)
+    flat = x.reshape(-1, x.size(-1))
+    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return out.view(*x.shape[:-1], out.size(-1))
+
+
 def all_reduce(x: Tensor, group_name: str, reduction: str = "sum") -> Tensor:
     """x reduced over the group, in new memory; no gradient passes."""
-    result: Tensor = _functional.wait_tensor(_functional.all_reduce(x.contiguous(), reduction, group_name))
+    result: Tensor = _wait_op(_all_reduce_op(x.contiguous(), reduction, group_name))
     return result
 
 
@@ -55,40 +112,8 @@ def enter_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-class Entrance:
-    """Where a cut region begins: layers that get the same tensor enter with it once, so its gradient is summed once.
-
-    Query, key and value then cost one all-reduce in backward, not three.
-    """
-
-    always = False  # enter even where there is no gradient to sum
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (…, I), whole on every rank -> the same x, within the region."""
-        if not self.always and not (x.requires_grad and torch.is_grad_enabled()):
-            return x
-        if torch.compiler.is_compiling():  # it merges equal calls itself
-            return self.enter(x)
-        if self._last is not None:
-            before, version, entered = self._last
-            known = entered()
-            if before() is x and version == x._version and known is not None:
-                return known
-        result = self.enter(x)
-        self._last = weakref.ref(x), x._version, weakref.ref(result)
-        return result
-
-    def enter(self, x: Tensor) -> Tensor:
-        """x within the region."""
-        return enter_region(x, self.group)
-
-
 def leave_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over `group` of each rank's part x; every rank goes on with the same tensor."""
+    """The sum over `group` of each rank's part x, whose memory it takes; every rank goes on with the same tensor."""
     result: Tensor = _LeaveRegion.apply(x, group.group_name)  # type: ignore[no-untyped-call]
     return result
 
@@ -109,6 +134,18 @@ class Border(nn.Module):
         return result
 
 
+Crossing = Callable[[Tensor], Tensor]
+
+
+class _Entered(NamedTuple):
+    """x inside of a region, as it was at `version`; its first column, which would enter it again, is `owner`."""
+
+    tensor: Tensor
+    owner: nn.Module
+    group_name: str
+    version: int
+
+
 class CutLinear(nn.Module):
     """A slice of a linear layer. `input_major`: the weight is (in, out), as in HF's Conv1D, and not (out, in)."""
 
@@ -123,32 +160,50 @@ class CutLinear(nn.Module):
         """Shapes of this rank's part."""
         return f"weight={tuple(self.weight.shape)}, input_major={self.input_major}, bias={self.bias is not None}"
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.input_major:
-            return functional.linear(x, self.weight, bias)
-        flat = x.reshape(-1, x.size(-1))
-        out = flat @ self.weight if bias is None else torch.addmm(bias, flat, self.weight)
-        return out.view(*x.shape[:-1], out.size(-1))
-
 
 class ColumnParallelLinear(CutLinear):
-    """(…, I) -> (…, O/tp): this rank's output features; the input is the same on every rank."""
+    """(…, I) -> (…, O/tp): this rank's output features; the input is the same on every rank.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, input_major: bool) -> None:
-        super().__init__(weight, bias, group, input_major)
-        self.entrance = Entrance(group)
+    `enter` is set where the input is a part of the sequence: what gathers it.
+    """
+
+    enter: Crossing | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) -> (…, O/tp)."""
-        return self._product(self.entrance(x), self.bias)
+        if self.enter is not None:
+            return _product(self.enter(x), self.weight, self.bias, self.input_major)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _product(x, self.weight, self.bias, self.input_major)
+        group_name = self.group.group_name
+        # A compiler sees no Python attributes, and autocast no products inside of autograd functions; a leaf is kept
+        # alive by what is computed from it, so it must not keep that.
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.is_leaf:
+            return _product(enter_region(x, self.group), self.weight, self.bias, self.input_major)
+        known: _Entered | None = getattr(x, "entered_region", None)
+        # The owner enters anew: where activations are recomputed, it must do again what it did before.
+        if known is None or known.owner is self or known.group_name != group_name or known.version != x._version:
+            out, entered = _EnterByProduct.apply(x, self.weight, self.bias, group_name, self.input_major)  # type: ignore[no-untyped-call]
+            x.entered_region = _Entered(entered, self, group_name, x._version)  # type: ignore[attr-defined]
+            result: Tensor = out
+            return result
+        return _product(known.tensor, self.weight, self.bias, self.input_major)
 
 
 class RowParallelLinear(CutLinear):
-    """(…, I/tp) -> (…, O): this rank's input features; the result is summed, then the bias added once."""
+    """(…, I/tp) -> (…, O): this rank's input features; the result is summed, then the bias added once.
 
-    leave = staticmethod(leave_region)  # how the sum is made; with sequence parallel, each rank keeps its tokens of it
+    `leave` is set where each rank goes on with its part of the sequence: what makes its part of the sum.
+    """
+
+    leave: Crossing | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I/tp) -> (…, O)."""
-        out = self.leave(self._product(x, None), self.group)
+        if self.leave is not None:
+            out = self.leave(_product(x, self.weight, None, self.input_major))
+            return out if self.bias is None else out + self.bias
+        flat = x.reshape(-1, x.size(-1))  # so that the sum takes the memory of a product, not of a view of it
+        part = flat @ self.weight if self.input_major else functional.linear(flat, self.weight)
+        out = leave_region(part, self.group).view(*x.shape[:-1], part.size(-1))
         return out if self.bias is None else out + self.bias

@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,38 +61,39 @@ def balance(costs: Sequence[float], num_stages: int) -> list[int]:
     return best[-1][1]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """What flows through a model, and where its stages begin and end: one number more than there are stages."""
+
+    flow: Flow
+    bounds: tuple[int, ...]
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        """The layers of each stage."""
+        return [self.flow.layers[begin:end] for begin, end in pairwise(self.bounds)]
+
+
 class Pipeline(nn.Module):
     """This rank's stages of `model`, which is changed in place; `run` trains them on micro-batches.
 
-    `stages` are the layers of each stage, by default balanced by what they cost.
-
-    Every rank of the mesh must build it at the same point: it creates process groups. Raises PlanError where the model
-    cannot be cut into so many stages.
+    `stages` may have been found before the model's layers were cut, since that changes neither names nor flow. Every
+    rank of the mesh must build it at the same point: it creates process groups.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        mesh: Mesh,
-        example: Mapping[str, Tensor],
-        stages: Sequence[Sequence[str]] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, *, mesh: Mesh, stages: Stages) -> None:
         super().__init__()
         plan = mesh.plan
         self.mesh, self.index, self.num_ranks = mesh, mesh.index("pp"), plan.pp
         self.num_stages = plan.pp * plan.virtual_stages
-        flow = trace_flow(model, example)
-        if stages is None:
-            self.bounds = balance(_costs(model, flow), self.num_stages)
-        else:
-            self.bounds = [0, *accumulate(len(stage) for stage in stages)]
-        self.flow = flow
-        self.crossing = [flow.crossing(bound) for bound in self.bounds]
+        self.flow, self.bounds = stages.flow, stages.bounds
+        self.crossing = [self.flow.crossing(bound) for bound in self.bounds]
+        self._sent = frozenset(output.layer for outputs in self.crossing for output in outputs)
         self._skeleton = (
             _skeleton(model, [*mesh.groups.values(), *mesh.parts.values()]),
         )  # in a tuple: it is no part of this module
         self._known_shapes: dict[Any, Mapping[Output, Any]] = {}
+        self._known_orders: dict[int, list[Action]] = {}
         self._hollows: list[tuple[nn.Module, str]] = []
         self.shared = self._share(model)
         self._install(model)
@@ -160,15 +162,23 @@ class Pipeline(nn.Module):
         if not begin <= index < end:
             return self._pass(index, received, args, kwargs)
         out = forward(*args, **kwargs)
-        for leaf, value in enumerate(tree_leaves(out)):
-            made[Output(index, leaf)] = value
+        if index in self._sent:
+            for leaf, value in enumerate(tree_leaves(out)):
+                made[Output(index, leaf)] = value
         if index == end - 1 and stage < self.num_stages - 1:
             raise _StageOver
         return out
 
     def _pass(self, index: int, received: Mapping[Output, Tensor], args: Any, kwargs: Any) -> Any:
         spec = self.flow.returns[index]
-        hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        first = args[0] if args else None
+        hidden = (
+            first
+            if isinstance(first, Tensor)
+            else next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        )
+        if spec.is_leaf():  # most layers return one tensor
+            return received.get(Output(index, 0), hidden)
         leaves = [
             received.get(Output(index, leaf), hidden if Output(index, leaf) in self.flow.shapes else None)
             for leaf in range(spec.num_leaves)
@@ -196,11 +206,8 @@ class Pipeline(nn.Module):
 
         Gradients are left on the parameters, summed over stages that share one, averaged over data parallel.
         """
-        plan = self.mesh.plan
-        schedule = SCHEDULES[plan.schedule](plan.pp, len(micro_batches), plan.virtual_stages)
-        play(schedule)  # an impossible order raises before anything is sent
         runner = _Runner(self, micro_batches, phase)
-        for action in schedule[self.index]:
+        for action in self._order(len(micro_batches)):
             runner.act(action)
         runner.finish()
         with phase("backward"):
@@ -208,6 +215,15 @@ class Pipeline(nn.Module):
         with phase("forward"):  # the last stage tells the others
             dist.all_reduce(runner.loss, group=self.mesh.groups["pp"])
         return runner.loss
+
+    def _order(self, num_micro_batches: int) -> list[Action]:
+        """This rank's actions; an impossible order raises PlanError, before anything is sent."""
+        if num_micro_batches not in self._known_orders:
+            plan = self.mesh.plan
+            schedule = SCHEDULES[plan.schedule](plan.pp, num_micro_batches, plan.virtual_stages)
+            play(schedule)
+            self._known_orders[num_micro_batches] = schedule[self.index]
+        return self._known_orders[num_micro_batches]
 
     def _reduce(self) -> None:
         for parameter, group in self.shared:
@@ -375,12 +391,12 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
         torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
 
 
-def check_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """The layers of each stage; raises PlanError where the model has too few, or the schedule cannot be."""
+def find_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> Stages:
+    """The stages of `plan`, balanced; raises PlanError if the model has too few layers, or the schedule cannot be."""
     flow = trace_flow(model, example)
     bounds = balance(_costs(model, flow), plan.pp * plan.virtual_stages)
     play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
-    return [flow.layers[begin:end] for begin, end in pairwise(bounds)]
+    return Stages(flow=flow, bounds=tuple(bounds))
 
 
 def _costs(model: nn.Module, flow: Flow) -> list[float]:
