@@ -42,7 +42,8 @@ OURS = "Meshloom"
 KINDS = ("backward", "step", "cpu")
 SIZES = {  # name -> (vocabulary, sequences a step, tokens a sequence), always 6 layers of 512
     "short": (2048, 4, 32),  # the host's time counts
-    "long": (32000, 4, 256),  # products do
+    "long": (2048, 4, 256),  # products in layers do
+    "wide": (32000, 4, 256),  # embedding and head do
 }
 _TINY_LAYERS = (2, 10)
 

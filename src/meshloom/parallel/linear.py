@@ -37,15 +37,11 @@ class _EnterRegion(torch.autograd.Function):
 
 
 class _LeaveRegion(torch.autograd.Function):
-    """Forward: sum the ranks' parts, in the memory of this rank's. Backward: nothing."""
+    """Forward: sum the ranks' parts. Backward: nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
-        if torch.compiler.is_compiling():  # which finds out by itself what may take whose memory
-            return all_reduce(x, group_name)
-        ctx.mark_dirty(x)
-        _wait_op(_all_reduce_in_place_op(x, "sum", group_name))
-        return x
+        return all_reduce(x, group_name)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -113,9 +109,13 @@ def enter_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def leave_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over `group` of each rank's part x, whose memory it takes; every rank goes on with the same tensor."""
-    result: Tensor = _LeaveRegion.apply(x, group.group_name)  # type: ignore[no-untyped-call]
-    return result
+    """The sum over `group` of each rank's part, on every rank; x must be a fresh product: the sum takes its memory."""
+    if torch.compiler.is_compiling():  # which finds out by itself what may take whose memory
+        result: Tensor = _LeaveRegion.apply(x, group.group_name)  # type: ignore[no-untyped-call]
+        return result
+    # Nothing happens in backward, and a product's backward needs not its result: so autograd need not know.
+    _wait_op(_all_reduce_in_place_op(x.detach(), "sum", group.group_name))
+    return x
 
 
 class Border(nn.Module):
@@ -202,8 +202,6 @@ class RowParallelLinear(CutLinear):
         """x (…, I/tp) -> (…, O)."""
         if self.leave is not None:
             out = self.leave(_product(x, self.weight, None, self.input_major))
-            return out if self.bias is None else out + self.bias
-        flat = x.reshape(-1, x.size(-1))  # so that the sum takes the memory of a product, not of a view of it
-        part = flat @ self.weight if self.input_major else functional.linear(flat, self.weight)
-        out = leave_region(part, self.group).view(*x.shape[:-1], part.size(-1))
+        else:
+            out = leave_region(_product(x, self.weight, None, self.input_major), self.group)
         return out if self.bias is None else out + self.bias
