@@ -1,8 +1,9 @@
 """Kill saving at random moments, again and again: what is listed can be loaded, and nothing older is lost.
 
 Each try forks the ranks of a small run that do nothing but save, one checkpoint after the other; each is killed by
-SIGKILL at a random moment, all ranks within a few milliseconds. Then every checkpoint that is listed is loaded and
-held to what the rank must have saved, and the newest must be at least as new as the last that a rank was told is done.
+SIGKILL at a random moment, mostly while files are written or removed, all ranks within a few milliseconds. Then every
+checkpoint that is listed is loaded and held to what the rank must have saved, and the newest must be at least as new as
+the last that a rank was told is done.
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ def try_once(folder: Path, plan: Plan, begin: int, seed: int) -> tuple[str, int]
         time.sleep(0.001)
         assert all(rank.is_alive() for rank in ranks), "a rank died by itself"
     time.sleep(chance.uniform(0, 0.15))
+    if chance.random() < 0.8:  # else at any moment; while it writes, or removes what is old, matters more
+        wanted = chance.choice([".*.part", ".*.part", ".*.gone"])
+        until = time.monotonic() + 2
+        while time.monotonic() < until and not any(folder.glob(wanted)):
+            pass
+        time.sleep(chance.choice([0, chance.uniform(0, 0.01)]))
     for rank in chance.sample(ranks, len(ranks)):
         assert rank.pid is not None
         os.kill(rank.pid, signal.SIGKILL)
@@ -150,7 +157,7 @@ def main() -> None:
             kills = options.kills // len(plans)
             where = measure(plan, kills, options.seed, Path(folder) / f"run.{plan}")
             writing = sum(count for name, count in where.items() if "part" in name)
-            going = where["gone"]
+            going = sum(count for name, count in where.items() if "gone" in name and "part" not in name)
             lines.append(f"| {plan} | {kills} | {writing} | {going} | {where['between']} | 0 |")
     command = f"python benchmarks/kill_saves.py --kills {options.kills} --plans {options.plans}"
     text = section("Kills while saving", command, "\n".join(lines))

@@ -38,15 +38,24 @@ def _losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, meshloom: Meshloom) -> dict[str, Path]:
-    """For each plan a run of six steps that nobody disturbed, with checkpoints after three and six."""
-    folders = {}
-    for plan in ("dp1", "dp2", "dp4", "tp2.pp2"):
-        folders[plan] = tmp_path_factory.mktemp("straight") / "run"
-        result = meshloom("train", *SAME, *PLANS[plan], "--save-steps", "3", "--out", str(folders[plan]))
+class Straight(dict[str, Path]):
+    """For each plan a run of six steps that nobody disturbed, with checkpoints after three and six; made when asked."""
+
+    def __init__(self, factory: pytest.TempPathFactory, meshloom: Meshloom) -> None:
+        super().__init__()
+        self.factory, self.meshloom = factory, meshloom
+
+    def __missing__(self, plan: str) -> Path:
+        folder = self.factory.mktemp("straight") / "run"
+        result = self.meshloom("train", *SAME, *PLANS[plan], "--save-steps", "3", "--out", str(folder))
         assert result.returncode == 0, result.stderr
-    return folders
+        self[plan] = folder
+        return folder
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, meshloom: Meshloom) -> Straight:
+    return Straight(tmp_path_factory, meshloom)
 
 
 @pytest.mark.parametrize("plan", ["dp1", "dp4", "tp2.pp2"])
