@@ -39,7 +39,7 @@ Progress = Callable[[str, float], None]  # told what is tokenised, and the share
 _VERSION = 1  # of this layout: another one makes all of the cache again
 _SMALL = 16 << 20  # files of a folder below this are tokenised together
 _LARGE = 64 << 20  # files from this on are hashed again only if their time or size changed
-_CHUNK = 4 << 20  # characters encoded at a time
+_CHUNK = 1 << 19  # characters encoded at a time; what comes of much more falls out of the processor's caches
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,10 +240,13 @@ def _build(unit: _Unit, encode: Encode, reading: Reading, part: Path, progress: 
             ending = unit.layout == "text"
             lengths.extend(len(segment) + ending for segment in segments)
             num_tokens += len(ids)
-            file.write(np.frombuffer(ids, np.uint32).astype(unit.dtype).data)
+            file.write(np.array(ids, unit.dtype).data)
         file.flush()
         os.fsync(file.fileno())
-    np.save(part / "ends.npy", np.cumsum(np.frombuffer(lengths, np.uint32), dtype=np.uint64))
+    ends = np.cumsum(np.array(lengths, np.int64), dtype=np.int64)
+    if unit.layout == "text" and _has_pairs(unit.files[0], reading):
+        ends = _shuffled(part / "tokens.bin", unit.dtype, ends)
+    np.save(part / "ends.npy", ends.astype(np.uint64))
     progress(unit.name, 1.0)
     return Shard(
         folder=str(unit.folder), name=unit.name, layout=unit.layout, dtype=unit.dtype, num_tokens=num_tokens,
@@ -252,24 +255,27 @@ def _build(unit: _Unit, encode: Encode, reading: Reading, part: Path, progress: 
 
 
 def _documents(unit: _Unit, reading: Reading, tally: Tally, progress: Progress) -> Iterator[Document]:
-    """Documents as they are written: pairs that become text are shuffled once, in an order that never changes.
-
-    Questions about one paragraph follow one another; packed so, a model would read the same paragraph again and again.
-    """
     for number, file in enumerate(unit.files):
 
         def at(share: float, number: int = number) -> None:
             progress(unit.name, (number + share) / len(unit.files))
 
-        documents = read(file, reading, tally, at)
-        if unit.layout == "text" and _has_pairs(file, reading):
-            all_of = list(documents)
-            order = permuted(np.arange(len(all_of), dtype=np.uint64), len(all_of), seed=0)
-            for done, index in enumerate(order.tolist()):
-                at(done / len(all_of))
-                yield all_of[index]
-        else:
-            yield from documents
+        yield from read(file, reading, tally, at)
+
+
+def _shuffled(tokens: Path, dtype: str, ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Put the segments of `tokens` into an order that never changes; returns their new ends.
+
+    Questions about one paragraph follow one another; packed so, a model would read the same paragraph again and again.
+    """
+    ids = np.fromfile(tokens, dtype)
+    order = permuted(np.arange(len(ends), dtype=np.uint64), len(ends), seed=0).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    with tokens.open("wb") as file:
+        file.write(np.concatenate([ids[starts[index] : ends[index]] for index in order]).data)
+        file.flush()
+        os.fsync(file.fileno())
+    return np.cumsum((ends - starts)[order], dtype=np.uint64)
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
