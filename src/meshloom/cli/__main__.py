@@ -32,6 +32,7 @@ COMMANDS = {
     "simulate": "Predict when traces would run on a cluster.",
     "what-if": "Ask what a step would take with other hardware, or without some communication.",
     "advise": "Search the best plan of a model on a cluster.",
+    "calibrate": "Write a device file whose speeds are those of recorded traces.",
     "export": "Write a folder that another simulator runs.",
     "graph": "Draw a step as a graph (SVG).",
     "report": "Write one HTML page about a run.",
