@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, takewhile
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
-from meshloom.parallel.discover import Discovery, Pair, discover
-from meshloom.parallel.fake import trouble_of_part
+from meshloom.parallel.answers import Answers, CannotFollow
+from meshloom.parallel.discover import Discovery, discover
+from meshloom.parallel.fake import learn_answers
+from meshloom.parallel.fit import fit
+from meshloom.parallel.gather import gather_around
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, check_stages
 from meshloom.parallel.shard import shard_of
 from meshloom.parallel.styles import Part, cut_linear
 from meshloom.plan import Plan
-
-_MOST_LEFT_OUT = 2  # numbers of a module that are equal to a count by chance; each more doubles the tries
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
@@ -41,14 +40,21 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
     if plan.tp == plan.pp == 1:
         return Discovery(pairs=(), kept={})
     try:
-        if plan.pp > 1:
-            check_stages(model, plan, example)
-        if plan.tp == 1:
-            return Discovery(pairs=(), kept={})
-        found = discover(model, example)
+        try:
+            return _found(model, plan, example, None)
+        except CannotFollow:
+            return _found(model, plan, example, learn_answers(model, example))
     except RuntimeError as error:  # of CannotFollow, or of a forward that fails on fake tensors
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {told}") from error
+
+
+def _found(model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None) -> Discovery:
+    if plan.pp > 1:
+        check_stages(model, plan, example, answers)
+    if plan.tp == 1:
+        return Discovery(pairs=(), kept={}, answers=answers)
+    found = discover(model, example, answers)
     if not found.pairs:
         why = next(iter(found.kept.items()), ("the model", "it has no linear layer"))
         raise PlanError(f"plan {plan}: expected layers that can be cut, found none ({why[0]}: {why[1]}); use tp1")
@@ -60,7 +66,7 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
                     f"plan {plan}: {path} has {units} {what}, which tp{plan.tp} does not divide; "
                     f"use a divisor of {units}"
                 )
-    return found
+    return fit(model, found, example, plan, _cut)
 
 
 def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -71,14 +77,16 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
     found = check_plan(model, plan, example)
-    stages = check_stages(model, plan, example) if plan.pp > 1 else None
+    stages = check_stages(model, plan, example, found.answers) if plan.pp > 1 else None
     if found.pairs:
-        _cut(model, found.pairs, mesh)
+        _cut(model, found, mesh)
     for name in found.partial:  # such as the norm of each head
         model.get_parameter(name).register_hook(partial(sum_over, group=mesh.groups["tp"]))
-    if found.pairs and trouble_of_part(model, example, found.shapes(plan.tp)):
-        _fit_counts(model, found, example, plan)
-    return Pipeline(model, mesh=mesh, example=example, stages=stages) if plan.pp > 1 else model
+    for path, name, count in found.counts:
+        setattr(model.get_submodule(path), name, count)
+    if plan.pp == 1:
+        return model
+    return Pipeline(model, mesh=mesh, example=example, stages=stages, answers=found.answers)
 
 
 def explain(found: Discovery) -> list[Decision]:
@@ -129,7 +137,8 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
+def _cut(model: nn.Module, found: Discovery, mesh: Mesh) -> None:
+    pairs = found.pairs
     degree, index, group = mesh.degree("tp"), mesh.index("tp"), mesh.groups["tp"]
     parts: dict[nn.Module, nn.Module] = {}
     made: dict[tuple[int, str, int], nn.Parameter] = {}  # layers that were tied stay tied
@@ -155,6 +164,10 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
         for name, child in module._modules.items():
             if child in parts:
                 module._modules[name] = parts[child]
+    for path, sources in found.gathered.items():
+        pair = next(pair for pair in pairs if sources & pair.columns.keys())
+        num_copies = pair.num_copies(next(iter(sources & pair.columns.keys())), degree)
+        gather_around(model.get_submodule(path), group, index, degree, num_copies)
 
 
 def _sharers(mesh: Mesh, num_copies: int) -> dist.ProcessGroup:
@@ -162,62 +175,3 @@ def _sharers(mesh: Mesh, num_copies: int) -> dist.ProcessGroup:
     begins = range(0, mesh.degree("tp"), num_copies)
     groups = [mesh.part("tp", tuple(range(begin, begin + num_copies))) for begin in begins]
     return next(group for group in groups if group is not None)
-
-
-def _fit_counts(model: nn.Module, found: Discovery, example: Mapping[str, Tensor], plan: Plan) -> None:
-    """The forward reshapes or splits by numbers of its own, which must now count this rank's part.
-
-    All that equal a count of heads or features are tried first; where that is too many, because a number is equal by
-    chance, fewer. What is right is decided by the shapes of the whole forward. Raises PlanError if nothing fits.
-    """
-    places = [
-        (owner, name, getattr(owner, name), value)
-        for pair in found.pairs
-        for owner in _owners(model, [*pair.columns, *pair.rows])
-        for name, value in _counts(owner, pair, plan.tp).items()
-    ]
-    names = sorted({name for _, name, _, _ in places})
-    trouble = "it has no count that could be divided"
-    for left_out in range(min(len(names), _MOST_LEFT_OUT + 1)):
-        for kept in combinations(names, len(names) - left_out):
-            for owner, name, before, after in places:
-                setattr(owner, name, after if name in kept else before)
-            told = trouble_of_part(model, example, found.shapes(plan.tp))
-            if not told:
-                return
-            trouble = trouble if left_out else told  # what all of them give says most
-    for owner, name, before, _ in places:
-        setattr(owner, name, before)
-    raise PlanError(f"plan {plan}: the model's forward does not run on a rank's part: {trouble}; use tp1")
-
-
-def _owners(model: nn.Module, paths: list[str]) -> list[nn.Module]:
-    """The innermost module that holds all the layers of a pair, and those between it and the layers."""
-    parents = [path.split(".")[:-1] for path in paths]
-    depth = len(list(takewhile(lambda names: len(set(names)) == 1, zip(*parents))))
-    between = {".".join(parent[:end]) for parent in parents for end in range(depth, len(parent) + 1)}
-    return [model.get_submodule(path) for path in sorted(between)]
-
-
-def _counts(owner: nn.Module, pair: Pair, degree: int) -> dict[str, int]:
-    """The owner's own numbers that count cut heads or features, with what they are on a rank: its forward reshapes and
-    splits by them. Where ranks share heads, so do the number of those and how often they are repeated.
-
-    The size of a single head is never cut, whatever number it happens to equal.
-    """
-    most = max(pair.units.values())
-    head_size = pair.width // most
-    divided: dict[int, int] = {}
-    for path, units in pair.units.items():
-        copies = pair.num_copies(path, degree)
-        if copies > 1:
-            divided |= {most // units: most // units // copies, units: 1, units * head_size: head_size}
-    divided |= {most: most // degree} if most < pair.width else {}
-    divided |= {units: units // degree for units in pair.units.values() if not units % degree and units < pair.width}
-    divided |= {pair.width: pair.width // degree}
-    numbers = {name: value for name, value in vars(owner).items() if type(value) is int and value in divided}
-    return {
-        name: divided[value]
-        for name, value in numbers.items()
-        if value != head_size or not name.endswith(("head_dim", "head_size"))
-    }

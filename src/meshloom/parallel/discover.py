@@ -9,7 +9,7 @@ cut dim, an op without a rule) the layers stay whole on each rank, and `Discover
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meshloom.parallel.answers import Answers
 from meshloom.parallel.fake import Seen, run_fake
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import RULES, Cut, Trail, Whole, pointwise
@@ -49,8 +50,31 @@ class Discovery:
 
     pairs: tuple[Pair, ...]
     kept: Mapping[str, str]
-    partial: tuple[str, ...] = ()  # whole parameters that meet a rank's part only: their gradients must be summed
-    seen: tuple[tuple[str, tuple[int, ...] | None, Cut | None], ...] = ()
+    # whole parameters that meet a rank's part only, of which columns: their gradients must be summed
+    partial: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    # small modules that need all features of the columns whose output they get, such as a norm over all heads
+    gathered: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    counts: tuple[tuple[str, str, int], ...] = ()  # module, attribute, and what it counts on a rank
+    answers: Answers | None = None  # of a forward that decides by values
+    # ops: name, shape of a result, its cut, and the gathered module that it is of
+    seen: tuple[tuple[str, tuple[int, ...] | None, Cut | None, str], ...] = ()
+
+    def only(self, pairs: Sequence[Pair], why: Mapping[str, str]) -> Discovery:
+        """The same with these pairs alone; the layers of the others stay whole, for the reason of their first."""
+        columns = {path for pair in pairs for path in pair.columns}
+        dropped = {
+            path: why[next(iter(pair.columns))]
+            for pair in self.pairs
+            if pair not in pairs
+            for path in (*pair.columns, *pair.rows)
+        }
+        return replace(
+            self,
+            pairs=tuple(pairs),
+            kept={**dropped, **self.kept},
+            partial={name: met for name, met in self.partial.items() if met & columns},
+            gathered={path: met for path, met in self.gathered.items() if met & columns},
+        )
 
     def shapes(self, degree: int) -> list[Seen]:
         """What the forward must do on one of `degree` parts: the same, with each cut dim divided.
@@ -71,33 +95,66 @@ class Discovery:
                 ),
                 optional=op == "clone",  # a single head needs none to be contiguous
             )
-            for op, shape, cut in self.seen
+            for op, shape, cut, within in self.seen
+            if within not in self.gathered
         ]
 
 
-def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Discovery:
+def discover(model: nn.Module, example: Mapping[str, Tensor], answers: Answers | None = None) -> Discovery:
     """How `model` can be cut; `example` is a batch of one sequence (B=1), real, meta or fake. The model is unchanged.
 
-    Batch 1, so that a dim that merges batch and heads, as in (B·H, S, D), is seen to begin with heads.
+    Batch 1, so that a dim that merges batch and heads, as in (B·H, S, D), is seen to begin with heads. A small module
+    in which a trail is lost is tried again as one that gathers its features. `answers` are what a forward that decides
+    by values is told; raises CannotFollow if it asks and there are none.
     """
-    linears = {path: module for path, module in model.named_modules() if linear_shape(module) is not None}
+    gathers: frozenset[str] = frozenset()
+    while True:
+        linears = {path: module for path, module in model.named_modules() if linear_shape(module) is not None}
+        trail = _followed(model, example, linears, gathers, answers)
+        more = gathers | trail.could_gather
+        if more == gathers:
+            return replace(_pair(trail, linears), answers=answers)
+        gathers = more
+
+
+def _followed(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    linears: Mapping[str, nn.Module],
+    gathers: frozenset[str],
+    answers: Answers | None,
+) -> Trail:
+    """What one forward tells."""
     trail = Trail()
     handles = []
     for path, module in linears.items():
         handles.append(module.register_forward_pre_hook(_arrive(trail, path)))
         handles.append(module.register_forward_hook(_depart(trail, path)))
+    for path, module in model.named_modules():
+        if path not in linears and not module._modules and module._parameters:
+            before, after = (_gather, _part) if path in gathers else (_enter, _leave)
+            handles.append(module.register_forward_pre_hook(before(trail, path)))
+            handles.append(module.register_forward_hook(after(trail, path, module)))
     was_training = model.training
     try:
         model.eval()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        run_fake(model, example, _Follow(trail), told=lambda real, fake: trail.told(names[id(real)], fake))
+        run_fake(
+            model,
+            example,
+            _Follow(trail),
+            answers=answers,
+            told=lambda real, fake: trail.told(names[id(real)], fake),
+        )
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
     for path, why in _tied(model, linears):
-        trail.lost[path] = why
-    return _pair(trail, linears)
+        trail.lost[path] = trail.tied[path] = why
+    for path in trail.gets_other:
+        trail.lose(trail.gathered.pop(path, ()), f"{path} gets other features at another call")
+    return trail
 
 
 def _tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
@@ -147,6 +204,54 @@ def _depart(trail: Trail, path: str) -> Callable[..., None]:
     return hook
 
 
+def _enter(trail: Trail, path: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        trail.leaf.append(path)
+
+    return hook
+
+
+def _leave(trail: Trail, path: str, module: nn.Module) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        trail.leaf.pop()
+        cut = trail.cuts.get(args[0]) if args and isinstance(args[0], Tensor) else None
+        fits = isinstance(output, Tensor) and len(args) == 1 and output.shape == args[0].shape
+        if cut is None or not fits or cut.dim != args[0].dim() - 1:
+            return
+        if any(trail.lost_in.get(source) == path for source in cut.sources) and _is_all(trail, cut, args[0]):
+            trail.could_gather |= {path}
+
+    return hook
+
+
+def _is_all(trail: Trail, cut: Cut, x: Tensor) -> bool:
+    """Whether x holds a whole block of its sources, so that its parts are those of the ranks in their order."""
+    return all(trail.width[source] == x.size(cut.dim) for source in cut.sources)
+
+
+def _gather(trail: Trail, path: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        trail.gathering.append(path)
+
+    return hook
+
+
+def _part(trail: Trail, path: str, module: nn.Module) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        trail.gathering.pop()
+        cut = trail.cuts.get(args[0])
+        if cut is None or cut.dim != args[0].dim() - 1 or not _is_all(trail, cut, args[0]):
+            trail.gets_other.add(path)
+            trail.lose(cut.sources if cut else (), f"{path} mixes its features")
+            return
+        trail.gathered.setdefault(path, set()).update(cut.sources)
+        trail.cuts[output] = cut
+        for name, _ in module.named_parameters():
+            trail.partial.setdefault(f"{path}.{name}", set()).update(cut.sources)
+
+    return hook
+
+
 class _Follow(TorchDispatchMode):
     """Carries each tensor's cut through every op."""
 
@@ -157,6 +262,9 @@ class _Follow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.namespace == "prim":  # which only asks where a tensor lies
+            return out
+        if self.trail.gathering:
+            self._note(func, tree_leaves(out))
             return out
         if self.trail.inside:
             if func.overloadpacket.__name__ not in _OF_A_LINEAR:
@@ -170,11 +278,17 @@ class _Follow(TorchDispatchMode):
         self.trail.meet(name, tensors, results)
         if any(tensor in cuts for tensor in tensors):
             self._carry(func, args, tensors, results)
-        self.trail.seen += [
-            (name, None if self.trail.is_uniform(result) else tuple(result.shape), cuts.get(result))
-            for result in results
-        ]
+        self._note(func, results)
         return out
+
+    def _note(self, func: Any, results: Sequence[Any]) -> None:
+        trail, name = self.trail, func.overloadpacket.__name__
+        within = trail.gathering[-1] if trail.gathering else ""
+        trail.seen += [
+            (name, None if trail.is_uniform(result) else tuple(result.shape), trail.cuts.get(result), within)
+            for result in results
+            if isinstance(result, Tensor)
+        ]
 
     def _carry(self, func: Any, args: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Hand the cut on to the results, or note that the trail is lost here."""
@@ -212,7 +326,11 @@ def _pair(trail: Trail, linears: Mapping[str, nn.Module]) -> Discovery:
             for source in sources:
                 lost.setdefault(source, f"it is cut by its input features, so {consumer} gets them whole")
     while True:  # a pair falls with any of its members, and takes those along that share one
-        fallen = {row for row, sources in rows.items() if sources & lost.keys()}
+        fallen = {
+            row
+            for row, sources in rows.items()
+            if sources & lost.keys() or row in trail.tied or _sends_too_much(trail, row, linears[row])
+        }
         if not fallen:
             break
         for row in fallen:
@@ -238,8 +356,22 @@ def _pair(trail: Trail, linears: Mapping[str, nn.Module]) -> Discovery:
         if path not in cut
     }
     sources = {path for pair in pairs for path in pair.columns}
-    partial = tuple(name for name, met in trail.partial.items() if met & sources)
-    return Discovery(pairs=tuple(pairs), kept=kept, partial=partial, seen=tuple(trail.seen))
+    return Discovery(
+        pairs=tuple(pairs),
+        kept=kept,
+        partial={name: frozenset(met) for name, met in trail.partial.items() if met & sources},
+        gathered={path: frozenset(met) for path, met in trail.gathered.items() if met & sources},
+        seen=tuple(trail.seen),
+    )
+
+
+def _sends_too_much(trail: Trail, row: str, linear: nn.Module) -> bool:
+    """Whether the sum after the row is larger than what its columns must gather already, as of a head's logits."""
+    sources = trail.feeds[row]
+    shape = linear_shape(linear)
+    if shape is None or not any(met & sources for met in trail.gathered.values()):
+        return False
+    return shape.out_features > 2 * max(trail.width[source] for source in sources)
 
 
 def _joined(rows: Mapping[str, set[str]]) -> list[tuple[set[str], tuple[str, ...]]]:

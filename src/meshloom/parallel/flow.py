@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from meshloom.errors import PlanError
+from meshloom.parallel.answers import Answers
 from meshloom.parallel.fake import run_fake
 
 
@@ -57,13 +58,13 @@ def find_layers(model: nn.Module) -> list[str]:
     return found
 
 
-def trace_flow(model: nn.Module, example: Mapping[str, Tensor]) -> Flow:
+def trace_flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers | None = None) -> Flow:
     """The flow of a forward of `model` on `example` (only shapes and dtypes count); raises PlanError if there is none.
 
     A list whose entries are not called once each, one after another, is no list of layers.
     """
     candidates = find_layers(model)
-    calls = _calls(model, example, candidates)
+    calls = _calls(model, example, candidates, answers)
     lists: dict[str, list[str]] = {}
     for path in candidates:
         lists.setdefault(path.rpartition(".")[0], []).append(path)
@@ -71,17 +72,19 @@ def trace_flow(model: nn.Module, example: Mapping[str, Tensor]) -> Flow:
     layers = [call for call in calls if call.rpartition(".")[0] in good]
     if not layers:
         raise PlanError("pipeline parallel: expected a list of layers that run one after another, found none; use pp1")
-    return _Tracer(model, layers).run(example)
+    return _Tracer(model, layers).run(example, answers)
 
 
-def _calls(model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str]) -> list[str]:
+def _calls(
+    model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str], answers: Answers | None
+) -> list[str]:
     calls: list[str] = []
     handles = [
         model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: calls.append(path))
         for path in paths
     ]
     try:
-        run_fake(model, example)
+        run_fake(model, example, answers=answers)
     finally:
         for handle in handles:
             handle.remove()
@@ -121,7 +124,7 @@ class _Tracer(TorchDispatchMode):
         self.returns: dict[int, TreeSpec] = {}
         self.current: int | None = None
 
-    def run(self, example: Mapping[str, Tensor]) -> Flow:
+    def run(self, example: Mapping[str, Tensor], answers: Answers | None) -> Flow:
         """The flow of a forward on `example`."""
         within = {id(p) for path in self.layers for p in self.model.get_submodule(path).parameters()}
         names = {id(p): name for name, p in self.model.named_parameters() if id(p) not in within}
@@ -131,7 +134,7 @@ class _Tracer(TorchDispatchMode):
             handles.append(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True))
             handles.append(layer.register_forward_hook(self._leave(index)))
         try:
-            run_fake(self.model, example, self, told=self._told(names), result=self._end)
+            run_fake(self.model, example, self, answers=answers, told=self._told(names), result=self._end)
         finally:
             for handle in handles:
                 handle.remove()

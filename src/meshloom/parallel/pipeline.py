@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from meshloom.errors import PlanError
+from meshloom.parallel.answers import Answers
 from meshloom.parallel.flow import Flow, Output, trace_flow
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.schedule import SCHEDULES, Action, play
@@ -63,7 +64,8 @@ def balance(costs: Sequence[float], num_stages: int) -> list[int]:
 class Pipeline(nn.Module):
     """This rank's stages of `model`, which is changed in place; `run` trains them on micro-batches.
 
-    `stages` are the layers of each stage, by default balanced by what they cost.
+    `stages` are the layers of each stage, by default balanced by what they cost. With `answers`, of a forward that
+    decides by values, the shapes at borders may too: each message tells its shape before it.
 
     Every rank of the mesh must build it at the same point: it creates process groups. Raises PlanError where the model
     cannot be cut into so many stages.
@@ -76,12 +78,14 @@ class Pipeline(nn.Module):
         mesh: Mesh,
         example: Mapping[str, Tensor],
         stages: Sequence[Sequence[str]] | None = None,
+        answers: Answers | None = None,
     ) -> None:
         super().__init__()
         plan = mesh.plan
         self.mesh, self.index, self.num_ranks = mesh, mesh.index("pp"), plan.pp
         self.num_stages = plan.pp * plan.virtual_stages
-        flow = trace_flow(model, example)
+        flow = trace_flow(model, example, answers)
+        self.depends_on_values = answers is not None
         if stages is None:
             self.bounds = balance(_costs(model, flow), self.num_stages)
         else:
@@ -134,7 +138,9 @@ class Pipeline(nn.Module):
                 used |= {names[id(parameter)] for parameter in model.get_submodule(path).parameters()}
             for name in used:
                 holders[name].add(stage % self.num_ranks)
-        return {name: where or {0} for name, where in holders.items()}
+        # on other values the forward may use what it did not use here
+        unused = set(range(self.num_ranks)) if self.depends_on_values else {0}
+        return {name: where or unused for name, where in holders.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pipeline:
         """Hollow tensors move to other devices and dtypes as parameters do."""
@@ -270,9 +276,11 @@ class _Runner:
         batch = self.micro_batches[mb]
         received: dict[Output, Tensor] = {}
         if stage:
-            shapes = self.pipeline.shapes(batch)
+            shapes = self.pipeline.flow.shapes if self.pipeline.depends_on_values else self.pipeline.shapes(batch)
             for place, output in enumerate(self.pipeline.crossing[stage]):
                 shape, dtype = shapes[output]
+                if self.pipeline.depends_on_values:
+                    shape = self._receive_shape(len(shape), stage - 1, mb, place)
                 tensor = torch.empty(shape, dtype=dtype, device=self.mesh.device)
                 self._receive(tensor, stage - 1, mb, place, self.group)
                 received[output] = tensor.requires_grad_(dtype.is_floating_point)
@@ -282,8 +290,16 @@ class _Runner:
             self.loss = self.loss + made[0].detach()
         else:
             for place, tensor in enumerate(made):
+                if self.pipeline.depends_on_values:
+                    told = torch.tensor(list(tensor.shape), device=self.mesh.device)
+                    self._send(told, stage + 1, mb, place, self.group)
                 self._send(tensor.detach(), stage + 1, mb, place, self.group)
         self.received[stage, mb], self.made[stage, mb] = received, made
+
+    def _receive_shape(self, num_dims: int, stage: int, mb: int, place: int) -> tuple[int, ...]:
+        told = torch.empty(num_dims, dtype=torch.long, device=self.mesh.device)
+        self._receive(told, stage, mb, place, self.group)
+        return tuple(told.tolist())
 
     def _gradients(self, stage: int, mb: int) -> tuple[list[Tensor], list[Tensor | None]]:
         """What the stage made that needs a gradient, and those gradients, from the stage after."""
@@ -373,9 +389,11 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
         torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
 
 
-def check_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+def check_stages(
+    model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None = None
+) -> list[tuple[str, ...]]:
     """The layers of each stage; raises PlanError where the model has too few, or the schedule cannot be."""
-    flow = trace_flow(model, example)
+    flow = trace_flow(model, example, answers)
     bounds = balance(_costs(model, flow), plan.pp * plan.virtual_stages)
     play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
     return [flow.layers[begin:end] for begin, end in pairwise(bounds)]

@@ -40,12 +40,19 @@ class Trail:
     num_units: dict[str, int] = field(default_factory=dict)
     own_units: dict[str, int] = field(default_factory=dict)  # before it meets others
     lost: dict[str, str] = field(default_factory=dict)  # source -> why it cannot be cut
+    tied: dict[str, str] = field(default_factory=dict)  # linear layers that share a parameter with something else
     feeds: dict[str, set[str]] = field(default_factory=dict)  # consumer -> sources, in order of execution
     inside: list[str] = field(default_factory=list)  # the linear layers that are running: their own ops are theirs
-    seen: list[tuple[str, tuple[int, ...] | None, Cut | None]] = field(default_factory=list)
+    seen: list[tuple[str, tuple[int, ...] | None, Cut | None, str]] = field(default_factory=list)
     made_of: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> Whole
     uniform: dict[int, Any] = field(default_factory=dict)  # storages of constants that are the same everywhere
     partial: dict[str, set[str]] = field(default_factory=dict)  # parameter -> sources whose cut it meets
+    leaf: list[str] = field(default_factory=list)  # the modules without children that are running
+    lost_in: dict[str, str] = field(default_factory=dict)  # source -> the leaf module in which its trail was lost
+    could_gather: frozenset[str] = frozenset()  # leaf modules that lost a trail, and get and give the same features
+    gathering: list[str] = field(default_factory=list)  # those that are running
+    gets_other: set[str] = field(default_factory=set)  # those that get something else at some call
+    gathered: dict[str, set[str]] = field(default_factory=dict)  # leaf module -> sources that it gets gathered
 
     def told(self, name: str, fake: Tensor) -> None:
         """Note the fake tensor that stands for a parameter."""
@@ -88,6 +95,8 @@ class Trail:
     def lose(self, sources: Iterable[str], why: str) -> None:
         """Note why the sources cannot be cut; the first reason stays."""
         for source in sources:
+            if self.leaf and source not in self.lost:
+                self.lost_in[source] = self.leaf[-1]
             self.lost.setdefault(source, why)
 
 
