@@ -81,11 +81,13 @@ def work(rank: int, plan_text: str, tasks: list[tuple[str, str]], folder: str, o
     dtype = getattr(torch, options["dtype"])
     for kind, family in tasks:
         if rank == 0:
-            Path(folder, "current").write_text(json.dumps([kind, family]))
+            Path(folder, "raised").unlink(missing_ok=True)
         try:
             told = check_family(kind, family, plan, mesh, size, options["seed"], dtype)
         except Exception as error:
             told = {"result": "raised", "why": f"{type(error).__name__}: {error}"[:300]}
+            with Path(folder, "raised").open("a") as file:  # the others may wait for this rank forever
+                file.write(f"rank {rank}: {told['why']}\n")
         everyone: list[Any] = [None] * plan.world_size
         dist.all_gather_object(everyone, told)
         if rank == 0:
@@ -118,6 +120,8 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
                     break
                 time.sleep(0.2)
             time.sleep(0.5)
+            raised = Path(folder, "raised")
+            why = raised.read_text().splitlines()[0] if raised.exists() else "no rank says why"
             done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             for process in processes:
                 process.kill()
@@ -126,7 +130,7 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
         tasks = tasks[len(done) :]
         if tasks:
             kind, family = tasks.pop(0)
-            results.append({"kind": kind, "family": family, "plan": plan, "result": "raised", "why": "hung or died"})
+            results.append({"kind": kind, "family": family, "plan": plan, "result": "raised", "why": f"hung or died; {why}"})
     return results
 
 

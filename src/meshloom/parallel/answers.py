@@ -98,11 +98,15 @@ class _Listen(TorchDispatchMode):
         return out
 
 
-class _OneByOne(TorchFunctionMode):
-    """Lists of numbers are read one by one, as they are from fake tensors, so that each passes through an op."""
+class ByItem(TorchFunctionMode):
+    """Within this, numbers leave tensors through an op, one by one, also where they are made into lists or text."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _listed(args[0]) if func is Tensor.tolist else func(*args, **(kwargs or {}))
+        if func is Tensor.tolist:
+            return _listed(args[0])
+        if func is Tensor.__format__ and args[0].dim() == 0:
+            return format(args[0].item(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def learn(model: nn.Module, example: Mapping[str, Tensor], run: Callable[[nn.Module, Mapping[str, Tensor]], Any]) -> Answers:
@@ -117,7 +121,7 @@ def learn(model: nn.Module, example: Mapping[str, Tensor], run: Callable[[nn.Mod
     batch = {name: value.detach().clone() for name, value in example.items()}  # some models change their batch
     listen = _Listen(sys._getframe())
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), _OneByOne(), listen:
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), ByItem(), listen:
         run(model, batch)
     return Answers({site: tuple(given) for site, given in listen.given.items()})
 

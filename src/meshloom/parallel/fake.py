@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from meshloom.parallel.answers import Answers, Tell, learn
+from meshloom.parallel.answers import Answers, ByItem, Tell, learn
 from meshloom.parallel.gather import is_gathered
 from meshloom.parallel.linear import CutLinear
 from meshloom.parallel.styles import linear_shape
@@ -37,24 +37,27 @@ def run_fake(
     model: nn.Module,
     example: Mapping[str, Tensor],
     *modes: TorchDispatchMode,
+    grad: bool = False,
     answers: Answers | None = None,
     told: Callable[[Tensor, Tensor], None] | None = None,
     result: Callable[[Any], None] | None = None,
 ) -> None:
     """Run the forward on fake tensors, within `modes`; raises what the forward raises on wrong shapes.
 
-    Where it asks for values, `answers` tells them; raises CannotFollow if they do not. `told` is called with each
+    With `grad` it builds the graph that a backward would follow. Where it asks for values, `answers` tells them; raises CannotFollow if they do not. `told` is called with each
     parameter and the fake tensor that stands for it, `result` with what the forward returns.
     """
     first = next(model.parameters())
     is_fake = isinstance(first, FakeTensor)
     mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(grad))
+        stack.enter_context(_left_as_it_was(model))
         stack.enter_context(_experts_of_known_shape(model))
         stack.enter_context(_conversions_in_place(model))
         stack.enter_context(mode)
         stack.enter_context(Tell(answers, sys._getframe(), first.device))
+        stack.enter_context(ByItem())
         state: dict[str, Tensor] = {}
         if not is_fake:
             tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -98,16 +101,24 @@ def fake_copy(model: nn.Module) -> nn.Module:
 
 def learn_answers(model: nn.Module, example: Mapping[str, Tensor]) -> Answers:
     """What a forward on real tensors asks of their values, on the roads that a fake one takes."""
-    was_training = model.training
 
     def run(real: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        with _experts_of_known_shape(real):
+        with _left_as_it_was(real), _experts_of_known_shape(real):
             real.eval()(**batch)
 
+    return learn(model, example, run)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """After this, modules have the attributes that they had: a forward may keep there what it finds, as a capacity."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        return learn(model, example, run)
+        yield
     finally:
-        model.train(was_training)
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 @contextmanager

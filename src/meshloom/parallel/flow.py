@@ -40,6 +40,7 @@ class Flow:
     parameters: tuple[frozenset[str], ...]  # part -> parameters outside of layers, by their first names
     shapes: Mapping[Output, tuple[tuple[int, ...], torch.dtype]]
     returns: tuple[TreeSpec, ...]  # layer -> how what it returns is built from leaves
+    written: frozenset[Output]  # those that are changed in place
 
     def crossing(self, boundary: int) -> list[Output]:
         """The outputs that cross the boundary before layer `boundary`, in order."""
@@ -79,15 +80,27 @@ def _calls(
     model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str], answers: Answers | None
 ) -> list[str]:
     calls: list[str] = []
+    without_graph: list[str] = []
+
+    def called(path: str) -> None:
+        calls.append(path)
+        if not torch.is_grad_enabled():
+            without_graph.append(path)
+
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: calls.append(path))
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: called(path))
         for path in paths
     ]
     try:
-        run_fake(model, example, answers=answers)
+        run_fake(model, example, grad=True, answers=answers)
     finally:
         for handle in handles:
             handle.remove()
+    if without_graph:  # as of reversible layers, which compute their inputs again from their outputs
+        raise PlanError(
+            f"pipeline parallel: expected layers whose backward autograd runs, but {without_graph[0]} runs within a "
+            "backward of the model's own; use pp1"
+        )
     return calls
 
 
@@ -122,6 +135,7 @@ class _Tracer(TorchDispatchMode):
         self.parts = [_Part() for _ in range(len(layers) + 1)]
         self.shapes: dict[Output, tuple[tuple[int, ...], torch.dtype]] = {}
         self.returns: dict[int, TreeSpec] = {}
+        self.written: set[Output] = set()
         self.current: int | None = None
 
     def run(self, example: Mapping[str, Tensor], answers: Answers | None) -> Flow:
@@ -144,6 +158,7 @@ class _Tracer(TorchDispatchMode):
             parameters=tuple(frozenset(part.parameters) for part in self.parts),
             shapes=self.shapes,
             returns=tuple(self.returns[index] for index in range(len(self.layers))),
+            written=frozenset(self.written),
         )
 
     def _told(self, names: Mapping[int, str]) -> Any:
@@ -171,6 +186,8 @@ class _Tracer(TorchDispatchMode):
         if func.namespace == "prim":
             return out
         made = self._of(tree_leaves((args, kwargs)))
+        if func._schema.is_mutable:
+            self.written |= self._of(args[:1]).outputs
         if self.current is not None:
             self._consume(self.current, made)
             made = _Made(inside=frozenset((self.current,)))

@@ -10,7 +10,7 @@ by each of them, and its gradients are summed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
@@ -94,7 +94,7 @@ class Pipeline(nn.Module):
         self.crossing = [flow.crossing(bound) for bound in self.bounds]
         self._skeleton = (_skeleton(model),)  # in a tuple: it is no part of this module
         self._known_shapes: dict[Any, Mapping[Output, Any]] = {}
-        self._hollows: list[tuple[nn.Module, str]] = []
+        self._hollows: list[tuple[nn.Module, str]] = []  # modules, and names of their parameters held elsewhere
         self.shared = self._share(model)
         self._install(model)
         self.model = model
@@ -118,6 +118,10 @@ class Pipeline(nn.Module):
                     del module._parameters[name]
                     module.__dict__[name] = _hollow(parameter)
                     self._hollows.append((module, name))
+        for module in model.modules():
+            if next(module.parameters(), None) is None and _hollows_in(module, self._hollows):
+                # it may ask one of its parameters for the device or dtype
+                module.__dict__["parameters"] = partial(_hollow_parameters, module, self._hollows)
         shared = []
         for name, parameter in held.items():
             where = tuple(sorted(holders[name]))
@@ -177,6 +181,9 @@ class Pipeline(nn.Module):
             received.get(Output(index, leaf), hidden if Output(index, leaf) in self.flow.shapes else None)
             for leaf in range(spec.num_leaves)
         ]
+        for leaf in range(spec.num_leaves):
+            if Output(index, leaf) in received.keys() & self.flow.written:  # autograd lets nobody write into a leaf
+                leaves[leaf] = received[Output(index, leaf)].clone()
         return tree_unflatten(leaves, spec)
 
     def forward(self, stage: int, batch: Mapping[str, Tensor], received: Mapping[Output, Tensor]) -> list[Tensor]:
@@ -410,6 +417,18 @@ def _costs(model: nn.Module, flow: Flow) -> list[float]:
 def _hollow(parameter: Tensor) -> Tensor:
     """A tensor of the parameter's shape that holds one element."""
     return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+
+
+def _hollows_in(module: nn.Module, hollows: Sequence[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+    inside = set(module.modules())
+    return [(owner, name) for owner, name in hollows if owner in inside]
+
+
+def _hollow_parameters(
+    module: nn.Module, hollows: Sequence[tuple[nn.Module, str]], recurse: bool = True
+) -> Iterator[Tensor]:
+    """What `module.parameters()` gives where all of them are held elsewhere."""
+    return (vars(owner)[name] for owner, name in _hollows_in(module, hollows) if recurse or owner is module)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
