@@ -85,6 +85,7 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     for path, name, count in found.counts:
         setattr(model.get_submodule(path), name, count)
     if plan.pp == 1:
+        model.depends_on_values = found.answers is not None  # type: ignore[assignment]
         return model
     return Pipeline(model, mesh=mesh, example=example, stages=stages, answers=found.answers)
 

@@ -214,9 +214,10 @@ def _enter(trail: Trail, path: str) -> Callable[..., None]:
 def _leave(trail: Trail, path: str, module: nn.Module) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         trail.leaf.pop()
-        cut = trail.cuts.get(args[0]) if args and isinstance(args[0], Tensor) else None
-        fits = isinstance(output, Tensor) and len(args) == 1 and output.shape == args[0].shape
-        if cut is None or not fits or cut.dim != args[0].dim() - 1:
+        cut = trail.cuts.get(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
+        if cut is None or cut.dim != args[0].dim() - 1:
+            return
+        if not isinstance(output, Tensor) or output.shape != args[0].shape:
             return
         if any(trail.lost_in.get(source) == path for source in cut.sources) and _is_all(trail, cut, args[0]):
             trail.could_gather |= {path}

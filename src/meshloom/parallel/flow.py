@@ -64,6 +64,14 @@ def trace_flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers
 
     A list whose entries are not called once each, one after another, is no list of layers.
     """
+    was_training = model.training
+    try:
+        return _flow(model.eval(), example, answers)
+    finally:
+        model.train(was_training)
+
+
+def _flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers | None) -> Flow:
     candidates = find_layers(model)
     calls = _calls(model, example, candidates, answers)
     lists: dict[str, list[str]] = {}

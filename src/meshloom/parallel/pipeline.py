@@ -227,7 +227,18 @@ class Pipeline(nn.Module):
             dist.all_reduce(parameter.grad, group=group)
         data_group = self.mesh.groups.get("dp")
         if data_group is not None:
+            if self.depends_on_values:
+                self._fill_gradients(data_group)
             average_gradients([p for p in self.parameters() if p.grad is not None], data_group)
+
+    def _fill_gradients(self, group: dist.ProcessGroup) -> None:
+        """Zeros where another rank's batch used a parameter and this rank's did not, as an expert without tokens."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.mesh.device).int()
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+        for parameter, by_any in zip(parameters, used.tolist(), strict=True):
+            if by_any and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def shapes(self, batch: Mapping[str, Tensor]) -> Mapping[Output, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes of what crosses borders for a batch of these shapes, from a fake forward of the whole model."""
