@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from meshloom.errors import MeshloomError
 from meshloom.parallel.apply import parallelize
-from meshloom.parallel.certify import TOLERANCE, certify
+from meshloom.parallel.certify import TOLERANCE, certify, rounding
 from meshloom.parallel.data import data_parallel
 from meshloom.parallel.mesh import make_mesh
 from meshloom.plan import Plan
@@ -34,6 +34,7 @@ from zoo_configs import Size, batch, build, families
 
 KINDS = ("causal", "masked", "seq2seq")
 PLANS = ("tp2", "tp4", "pp2", "tp2.pp2.dp2")
+LARGEST_OWN = 5e-4  # more is no rounding: a value has crossed a border and the forward has gone another way
 PATIENCE_S = 60  # for one family on one plan
 
 
@@ -54,9 +55,13 @@ def check_family(
         return {"result": "refused", "why": str(error)[:300]}
     batches = [batch(family, kind, config, seed + number) for number in range(plan.dp * plan.num_micro_batches)]
     told = certify(single, parallel, batches, mesh)
-    good = told.passes(TOLERANCE[dtype])
+    good, own = told.passes(TOLERANCE[dtype]), 0.0
+    if not good and dtype == torch.float32:
+        own = rounding(single, batches)
+        good = own <= LARGEST_OWN and told.passes(2 * own)
     return {
         "result": "passes" if good else "wrong",
+        "own": own,
         "loss": told.loss,
         "gradient": told.gradient,
         "parameter": told.parameter,
@@ -137,17 +142,24 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
 def table(results: list[dict[str, Any]]) -> str:
     """A line a kind and plan."""
     rows = [
-        "| heads | plan | families | pass | refused | wrong | raised | not built |",
-        "|---|---|---|---|---|---|---|---|",
+        "| heads | plan | families | pass | of them by own rounding | refused | wrong | raised | not built |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in KINDS:
         for plan in dict.fromkeys(item["plan"] for item in results):
             some = [item for item in results if item["kind"] == kind and item["plan"] == plan]
             if some:
                 counts = Counter(item["result"] for item in some)
-                numbers = [counts[name] for name in ("passes", "refused", "wrong", "raised", "not built")]
+                by_own = sum(item["result"] == "passes" and item["own"] > 0 for item in some)
+                rest = [counts[name] for name in ("refused", "wrong", "raised", "not built")]
+                numbers = [counts["passes"], by_own, *rest]
                 rows.append(f"| {kind} | {plan} | {len(some)} | " + " | ".join(map(str, numbers)) + " |")
     return "\n".join(rows)
+
+
+NOTE = f"""Passes: loss and every gradient within 2e-6 of the single model's in float32 (1e-12 in float64), or, where the
+single model's own float32 gradients are further than that from its float64 ones, within twice that distance (at most
+{2 * LARGEST_OWN:.0e})."""
 
 
 def main() -> None:
@@ -177,13 +189,13 @@ def main() -> None:
         return
     if options.verbose:
         for item in results:
-            if item["result"] != "passes":
-                told = (
-                    item.get("why")
-                    or f"loss {item['loss']:.1e}, gradient {item['gradient']:.1e} of {item['parameter']}"
+            if item["result"] != "passes" or item["own"] > 0:
+                told = item.get("why") or (
+                    f"loss {item['loss']:.1e}, gradient {item['gradient']:.1e} of {item['parameter']}, "
+                    f"own rounding {item['own']:.1e}"
                 )
                 print(f"{item['plan']:12} {item['kind']:8} {item['family']:28} {item['result']:9} {told}")
-    text = section("The zoo", f"python benchmarks/zoo.py --plans {options.plans}", table(results))
+    text = section("The zoo", f"python benchmarks/zoo.py --plans {options.plans}", table(results) + "\n\n" + NOTE)
     print(text)
     if options.write:
         write_section(text)

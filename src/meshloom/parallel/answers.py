@@ -99,11 +99,16 @@ class _Listen(TorchDispatchMode):
 
 
 class ByItem(TorchFunctionMode):
-    """Within this, numbers leave tensors through an op, one by one, also where they are made into lists or text."""
+    """Within this, numbers leave tensors through an op, one by one, also where they are made into lists or text.
+
+    A single random number is no chance.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.tolist:
             return _listed(args[0])
+        if func is torch.rand and args in (([],), ((),), (1,), ([1],), ((1,),)):  # which decides if a layer is dropped
+            return torch.full([1] if args[0] else [], 0.5)
         if func is Tensor.__format__ and args[0].dim() == 0:
             return format(args[0].item(), *args[1:])
         return func(*args, **(kwargs or {}))

@@ -9,6 +9,7 @@ cut dim, an op without a rule) the layers stay whole on each rank, and `Discover
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meshloom.parallel.answers import Answers
+from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.fake import Seen, run_fake
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import RULES, Cut, Trail, Whole, pointwise
@@ -136,21 +137,25 @@ def _followed(
             handles.append(module.register_forward_pre_hook(before(trail, path)))
             handles.append(module.register_forward_hook(after(trail, path, module)))
     was_training = model.training
+    outside = _Outside(trail, linears)
     try:
         model.eval()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         run_fake(
             model,
             example,
+            outside,
             _Follow(trail),
             answers=answers,
-            told=lambda real, fake: trail.told(names[id(real)], fake),
+            told=lambda real, fake: [trail.told(names[id(real)], fake), outside.told(real, fake)],
         )
+        with suppress(CannotFollow):  # then what it did until there is all that is known
+            run_fake(model.train(), example, outside, answers=answers, told=outside.told)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    for path, why in _tied(model, linears):
+    for path, why in (*outside.found.items(), *_tied(model, linears)):
         trail.lost[path] = trail.tied[path] = why
     for path in trail.gets_other:
         trail.lose(trail.gathered.pop(path, ()), f"{path} gets other features at another call")
@@ -253,6 +258,32 @@ def _part(trail: Trail, path: str, module: nn.Module) -> Callable[..., None]:
     return hook
 
 
+class _Outside(TorchDispatchMode):
+    """Finds linear layers whose parameters a forward uses by itself, past the layer: cut ones would be too few."""
+
+    def __init__(self, trail: Trail, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trail = trail
+        self.owners = {id(parameter): path for path, module in linears.items() for parameter in module.parameters()}
+        self.storages: dict[int, tuple[str, Any]] = {}  # the second keeps the number from being used again
+        self.found: dict[str, str] = {}
+
+    def told(self, real: Tensor, fake: Tensor) -> None:
+        """Note the fake tensor that stands for a parameter."""
+        if id(real) in self.owners:
+            storage = fake.untyped_storage()
+            self.storages[storage._cdata] = self.owners[id(real)], storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.trail.inside and func.namespace != "prim":
+            for leaf in tree_leaves((args, kwargs)):
+                known = self.storages.get(leaf.untyped_storage()._cdata) if isinstance(leaf, Tensor) else None
+                if known is not None:
+                    told = f"{func.overloadpacket.__name__} uses its parameters past its forward"
+                    self.found.setdefault(known[0], told)
+        return func(*args, **(kwargs or {}))
+
+
 class _Follow(TorchDispatchMode):
     """Carries each tensor's cut through every op."""
 
@@ -316,27 +347,28 @@ _OF_A_LINEAR = frozenset(
 )
 
 
+def _rows(trail: Trail, linears: Mapping[str, nn.Module]) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """Row -> its columns, and why every other layer is no column. Again and again, as a column falls with any row."""
+    lost = dict(trail.lost)
+    while True:
+        rows: dict[str, set[str]] = {}
+        whole: dict[str, str] = {}  # columns of consumers that take them whole
+        for consumer, sources in trail.feeds.items():
+            if sources & rows.keys():
+                whole |= dict.fromkeys(sources, f"it is cut by its input features, so {consumer} gets them whole")
+            elif sources & lost.keys() or consumer in trail.tied or _sends_too_much(trail, consumer, linears[consumer]):
+                whole |= dict.fromkeys(sources, f"{consumer}, which it feeds, cannot be cut")
+            elif sources:
+                rows[consumer] = set(sources)
+        fallen = {source: why for source, why in whole.items() if source not in lost}
+        if not fallen:
+            return rows, lost
+        lost |= fallen
+
+
 def _pair(trail: Trail, linears: Mapping[str, nn.Module]) -> Discovery:
     """Columns and rows that serve each other, in order of execution: what is a row already cannot be a column."""
-    lost = dict(trail.lost)
-    rows: dict[str, set[str]] = {}
-    for consumer, sources in trail.feeds.items():
-        if sources and not sources & rows.keys():
-            rows[consumer] = set(sources)
-        else:
-            for source in sources:
-                lost.setdefault(source, f"it is cut by its input features, so {consumer} gets them whole")
-    while True:  # a pair falls with any of its members, and takes those along that share one
-        fallen = {
-            row
-            for row, sources in rows.items()
-            if sources & lost.keys() or row in trail.tied or _sends_too_much(trail, row, linears[row])
-        }
-        if not fallen:
-            break
-        for row in fallen:
-            for source in rows.pop(row):
-                lost.setdefault(source, f"{row}, which it feeds, cannot be cut")
+    rows, lost = _rows(trail, linears)
     pairs = []
     for sources_of, members in _joined(rows):
         columns = {source: trail.num_blocks[source] for source in trail.feeds if source in sources_of}

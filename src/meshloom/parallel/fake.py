@@ -53,7 +53,7 @@ def run_fake(
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(_left_as_it_was(model))
-        stack.enter_context(_experts_of_known_shape(model))
+        stack.enter_context(experts_of_known_shape(model))
         stack.enter_context(_conversions_in_place(model))
         stack.enter_context(mode)
         stack.enter_context(Tell(answers, sys._getframe(), first.device))
@@ -103,7 +103,7 @@ def learn_answers(model: nn.Module, example: Mapping[str, Tensor]) -> Answers:
     """What a forward on real tensors asks of their values, on the roads that a fake one takes."""
 
     def run(real: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        with _left_as_it_was(real), _experts_of_known_shape(real):
+        with _left_as_it_was(real), experts_of_known_shape(real):
             real.eval()(**batch)
 
     return learn(model, example, run)
@@ -150,7 +150,7 @@ def _conversions_in_place(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _experts_of_known_shape(model: nn.Module) -> Iterator[None]:
+def experts_of_known_shape(model: nn.Module) -> Iterator[None]:
     """Within this, experts run as one batched product: on fake tensors nobody knows how many tokens each would get,
     and the grouped product takes no float32 there."""
     name = "_experts_implementation"
