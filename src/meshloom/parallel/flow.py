@@ -1,6 +1,7 @@
 """What flows between a model's layers: found from its own forward on fake tensors, for any boundary between stages.
 
-The layers are the entries of the outermost module lists, in the order in which the forward calls them. Every tensor
+The layers are the calls of entries of the outermost module lists, in the order in which the forward makes them; a
+model whose layers share their parameters calls one entry several times. Every tensor
 carries what it was made of without passing through a layer: outputs of layers, and parameters that stand outside of
 layers. So it is known which outputs a later part of the model needs, and which parameters each part of it uses, be it
 the embedding that the head shares or an encoder's last norm. Tensors are told apart by their storage, so views and
@@ -9,8 +10,10 @@ in-place writes need no special case. Knows nothing of ranks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +44,7 @@ class Flow:
     shapes: Mapping[Output, tuple[tuple[int, ...], torch.dtype]]
     returns: tuple[TreeSpec, ...]  # layer -> how what it returns is built from leaves
     written: frozenset[Output]  # those that are changed in place
+    unreached: tuple[str, ...] = ()  # entries of lists of layers that are not called
 
     def crossing(self, boundary: int) -> list[Output]:
         """The outputs that cross the boundary before layer `boundary`, in order."""
@@ -54,7 +58,7 @@ def find_layers(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{other}.") for other in found):
             continue
-        if len(module) > 1 and all(next(entry.parameters(), None) is not None for entry in module):
+        if len(module) and all(next(entry.parameters(), None) is not None for entry in module):
             found += [f"{path}.{index}" for index in range(len(module))]
     return found
 
@@ -73,43 +77,54 @@ def trace_flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers
 
 def _flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers | None) -> Flow:
     candidates = find_layers(model)
-    calls = _calls(model, example, candidates, answers)
-    lists: dict[str, list[str]] = {}
-    for path in candidates:
-        lists.setdefault(path.rpartition(".")[0], []).append(path)
-    good = [owner for owner, entries in lists.items() if [call for call in calls if call in entries] == entries]
-    layers = [call for call in calls if call.rpartition(".")[0] in good]
-    if not layers:
+    layers = _calls(model, example, candidates, answers)
+    if len(layers) < 2:
         raise PlanError("pipeline parallel: expected a list of layers that run one after another, found none; use pp1")
-    return _Tracer(model, layers).run(example, answers)
+    unreached = tuple(path for path in candidates if path not in layers)
+    return replace(_Tracer(model, layers).run(example, answers), unreached=unreached)
 
 
 def _calls(
     model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str], answers: Answers | None
 ) -> list[str]:
+    """The paths in the order of their calls, without calls within calls."""
     calls: list[str] = []
-    without_graph: list[str] = []
+    running: list[str] = []
+    own_backward: list[str] = []
 
     def called(path: str) -> None:
-        calls.append(path)
-        if not torch.is_grad_enabled():
-            without_graph.append(path)
+        if not running:
+            calls.append(path)
+        running.append(path)
+        if _within_function():
+            own_backward.append(path)
 
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: called(path))
-        for path in paths
-    ]
+    handles = []
+    for path in paths:
+        layer = model.get_submodule(path)
+        handles.append(layer.register_forward_pre_hook(lambda module, args, path=path: called(path)))
+        handles.append(layer.register_forward_hook(lambda module, args, output: running.pop() and None))
     try:
         run_fake(model, example, grad=True, answers=answers)
     finally:
         for handle in handles:
             handle.remove()
-    if without_graph:  # as of reversible layers, which compute their inputs again from their outputs
+    if own_backward:  # as of reversible layers, which compute their inputs again from their outputs
         raise PlanError(
-            f"pipeline parallel: expected layers whose backward autograd runs, but {without_graph[0]} runs within a "
+            f"pipeline parallel: expected layers whose backward autograd runs, but {own_backward[0]} runs within a "
             "backward of the model's own; use pp1"
         )
     return calls
+
+
+def _within_function() -> bool:
+    """Whether the forward of a torch.autograd.Function is running."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass(slots=True)
@@ -144,17 +159,18 @@ class _Tracer(TorchDispatchMode):
         self.shapes: dict[Output, tuple[tuple[int, ...], torch.dtype]] = {}
         self.returns: dict[int, TreeSpec] = {}
         self.written: set[Output] = set()
-        self.current: int | None = None
+        self.current: int | None = None  # the layer that is running
+        self.count = self.depth = 0  # calls of layers so far; of those, how many within one another run now
 
     def run(self, example: Mapping[str, Tensor], answers: Answers | None) -> Flow:
         """The flow of a forward on `example`."""
         within = {id(p) for path in self.layers for p in self.model.get_submodule(path).parameters()}
         names = {id(p): name for name, p in self.model.named_parameters() if id(p) not in within}
         handles = []
-        for index, path in enumerate(self.layers):
+        for path in dict.fromkeys(self.layers):
             layer = self.model.get_submodule(path)
-            handles.append(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._leave(index)))
+            handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._leave))
         try:
             run_fake(self.model, example, self, answers=answers, told=self._told(names), result=self._end)
         finally:
@@ -193,17 +209,20 @@ class _Tracer(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.namespace == "prim":
             return out
-        made = self._of(tree_leaves((args, kwargs)))
-        if func._schema.is_mutable:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made, is_write = self._of(tensors), func._schema.is_mutable
+        if is_write:
             self.written |= self._of(args[:1]).outputs
         if self.current is not None:
             self._consume(self.current, made)
             made = _Made(inside=frozenset((self.current,)))
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        for result in results:
-            known = self.made.get(result.untyped_storage()._cdata)
-            # a view of what came into a layer is still what came into it
-            self._mark(result, made if known is None else known | made if self.current is None else known)
+        given = {tensor.untyped_storage()._cdata for tensor in tensors}
+        for result in tree_leaves(out):
+            if not isinstance(result, Tensor):
+                continue
+            storage = result.untyped_storage()._cdata
+            if self.current is None or storage not in given or is_write:  # in a layer, a view of what came into it
+                self._mark(result, made | self._of([result]))  # is still what it was
         return out
 
     def _consume(self, part: int, made: _Made) -> None:
@@ -219,25 +238,24 @@ class _Tracer(TorchDispatchMode):
     def _name(self, part: int) -> str:
         return self.layers[part] if part < len(self.layers) else "the part after the last layer"
 
-    def _enter(self, index: int) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.current = index
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.depth += 1
+        if self.depth == 1:
+            self.current = self.count
 
-        return hook
-
-    def _leave(self, index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.current = None
-            leaves, self.returns[index] = tree_flatten(output)
-            for leaf, value in enumerate(leaves):
-                if not isinstance(value, Tensor):
-                    continue
-                known = self.made.get(value.untyped_storage()._cdata, _Made())
-                if known.inside == frozenset((index,)) or index not in known.inside:
-                    self._mark(value, _Made(outputs=frozenset((Output(index, leaf),))))
-                    self.shapes[Output(index, leaf)] = (tuple(value.shape), value.dtype)
-
-        return hook
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
+        index, self.current, self.count = self.count, None, self.count + 1
+        leaves, self.returns[index] = tree_flatten(output)
+        for leaf, value in enumerate(leaves):
+            if not isinstance(value, Tensor):
+                continue
+            known = self.made.get(value.untyped_storage()._cdata, _Made())
+            if known.inside == frozenset((index,)) or index not in known.inside:
+                self._mark(value, _Made(outputs=frozenset((Output(index, leaf),))))
+                self.shapes[Output(index, leaf)] = (tuple(value.shape), value.dtype)
 
     def _end(self, result: Any) -> None:
         loss = getattr(result, "loss", None)

@@ -98,7 +98,8 @@ class Pipeline(nn.Module):
         self.shared = self._share(model)
         self._install(model)
         self.model = model
-        self._running: tuple[int, Mapping[Output, Tensor], dict[Output, Tensor]] = (0, {}, {})
+        self._running: tuple[int, Mapping[Output, Tensor], dict[Output, Tensor]] | None = None
+        self._called, self._within = 0, False  # calls of layers in the running forward; whether one runs now
 
     # -- which parameters this rank holds
 
@@ -157,17 +158,30 @@ class Pipeline(nn.Module):
     # -- the forward of one stage
 
     def _install(self, model: nn.Module) -> None:
-        for index, path in enumerate(self.flow.layers):
+        for path in dict.fromkeys((*self.flow.layers, *self.flow.unreached)):
             layer = model.get_submodule(path)
-            layer.forward = partial(self._layer, index, layer.forward)
+            layer.forward = partial(self._layer, path, layer.forward)
 
-    def _layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What layer `index` does in the running stage: its work, or handing on what was received."""
+    def _layer(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the next call of a layer does in the running stage: its work, or handing on what was received."""
+        if self._running is None or self._within:  # a layer that is computed again in backward, or calls another
+            return forward(*args, **kwargs)
         stage, received, made = self._running
+        index, self._called = self._called, self._called + 1
+        expected = self.flow.layers[index] if index < len(self.flow.layers) else "no layer"
+        if path != expected:
+            raise PlanError(
+                f"pipeline parallel: expected {expected} to run next, as on the example, but {path} does; layers must "
+                "run in the same order for every batch"
+            )
         begin, end = self.bounds[stage], self.bounds[stage + 1]
         if not begin <= index < end:
             return self._pass(index, received, args, kwargs)
-        out = forward(*args, **kwargs)
+        self._within = True
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self._within = False
         for leaf, value in enumerate(tree_leaves(out)):
             made[Output(index, leaf)] = value
         if index == end - 1 and stage < self.num_stages - 1:
@@ -189,13 +203,13 @@ class Pipeline(nn.Module):
     def forward(self, stage: int, batch: Mapping[str, Tensor], received: Mapping[Output, Tensor]) -> list[Tensor]:
         """What `stage` sends on, or [loss] of the last stage."""
         made: dict[Output, Tensor] = dict(received)
-        self._running = stage, received, made
+        self._running, self._called = (stage, received, made), 0
         try:
             result = self.model(**batch)
         except _StageOver:
             return [made[output] for output in self.crossing[stage + 1]]
         finally:
-            self._running = stage, {}, {}
+            self._running = None
         return [result.loss]
 
     # -- the schedule
