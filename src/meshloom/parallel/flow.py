@@ -11,8 +11,10 @@ in-place writes need no special case. Knows nothing of ranks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -27,10 +29,25 @@ from meshloom.parallel.fake import run_fake
 
 
 class Output(NamedTuple):
-    """Leaf number `leaf` of what layer number `layer` returns."""
+    """Leaf number `leaf` of what layer number `layer` returns, and of what it puts into dicts that it is given."""
 
     layer: int
     leaf: int
+
+
+class Place(NamedTuple):
+    """An entry of a dict among a layer's arguments, as of keys and values that several layers share."""
+
+    argument: int | str
+    key: Any
+
+
+def held(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
+    """What the dicts among the arguments hold."""
+    for argument, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, MutableMapping):
+            for key, item in value.items():
+                yield Place(argument, key), item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +59,8 @@ class Flow:
     needs: tuple[frozenset[Output], ...]  # part -> outputs of earlier layers
     parameters: tuple[frozenset[str], ...]  # part -> parameters outside of layers, by their first names
     shapes: Mapping[Output, tuple[tuple[int, ...], torch.dtype]]
-    returns: tuple[TreeSpec, ...]  # layer -> how what it returns is built from leaves
+    returns: tuple[TreeSpec, ...]  # layer -> how (what it returns, what it puts into dicts) is built from leaves
+    puts: tuple[tuple[Place, ...], ...]  # layer -> where in its arguments' dicts it puts something
     written: frozenset[Output]  # those that are changed in place
     unreached: tuple[str, ...] = ()  # entries of lists of layers that are not called
 
@@ -99,22 +117,44 @@ def _calls(
         if _within_function():
             own_backward.append(path)
 
-    handles = []
-    for path in paths:
-        layer = model.get_submodule(path)
-        handles.append(layer.register_forward_pre_hook(lambda module, args, path=path: called(path)))
-        handles.append(layer.register_forward_hook(lambda module, args, output: running.pop() and None))
-    try:
+    def left(path: str, args: Any, kwargs: Any, before: None, output: Any) -> None:
+        running.pop()
+
+    with _watched(model, paths, lambda path, args, kwargs: called(path), left):
         run_fake(model, example, grad=True, answers=answers)
-    finally:
-        for handle in handles:
-            handle.remove()
     if own_backward:  # as of reversible layers, which compute their inputs again from their outputs
         raise PlanError(
             f"pipeline parallel: expected layers whose backward autograd runs, but {own_backward[0]} runs within a "
             "backward of the model's own; use pp1"
         )
     return calls
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, paths: Sequence[str], before: Callable[..., Any], after: Callable[..., None]
+) -> Iterator[None]:
+    """Within this, `before(path, args, kwargs)` runs before each forward of these modules, and `after` with what it
+    gave and the output: hooks would not see who calls `forward` itself."""
+
+    def around(path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        known = before(path, args, kwargs)
+        output = forward(*args, **kwargs)
+        after(path, args, kwargs, known, output)
+        return output
+
+    plain: list[tuple[dict[str, Any], Any]] = []
+    for path in dict.fromkeys(paths):
+        module = model.get_submodule(path)
+        plain.append((vars(module), vars(module).get("forward")))
+        vars(module)["forward"] = partial(around, path, module.forward)
+    try:
+        yield
+    finally:
+        for attributes, forward in plain:
+            del attributes["forward"]
+            if forward is not None:
+                attributes["forward"] = forward
 
 
 def _within_function() -> bool:
@@ -158,6 +198,7 @@ class _Tracer(TorchDispatchMode):
         self.parts = [_Part() for _ in range(len(layers) + 1)]
         self.shapes: dict[Output, tuple[tuple[int, ...], torch.dtype]] = {}
         self.returns: dict[int, TreeSpec] = {}
+        self.puts: dict[int, tuple[Place, ...]] = {}
         self.written: set[Output] = set()
         self.current: int | None = None  # the layer that is running
         self.count = self.depth = 0  # calls of layers so far; of those, how many within one another run now
@@ -166,22 +207,15 @@ class _Tracer(TorchDispatchMode):
         """The flow of a forward on `example`."""
         within = {id(p) for path in self.layers for p in self.model.get_submodule(path).parameters()}
         names = {id(p): name for name, p in self.model.named_parameters() if id(p) not in within}
-        handles = []
-        for path in dict.fromkeys(self.layers):
-            layer = self.model.get_submodule(path)
-            handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._leave))
-        try:
+        with _watched(self.model, self.layers, self._enter, self._leave):
             run_fake(self.model, example, self, answers=answers, told=self._told(names), result=self._end)
-        finally:
-            for handle in handles:
-                handle.remove()
         return Flow(
             layers=tuple(self.layers),
             needs=tuple(frozenset(part.outputs) for part in self.parts),
             parameters=tuple(frozenset(part.parameters) for part in self.parts),
             shapes=self.shapes,
             returns=tuple(self.returns[index] for index in range(len(self.layers))),
+            puts=tuple(self.puts[index] for index in range(len(self.layers))),
             written=frozenset(self.written),
         )
 
@@ -238,17 +272,20 @@ class _Tracer(TorchDispatchMode):
     def _name(self, part: int) -> str:
         return self.layers[part] if part < len(self.layers) else "the part after the last layer"
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, path: str, args: Any, kwargs: Any) -> dict[Place, Any]:
         self.depth += 1
         if self.depth == 1:
             self.current = self.count
+        return dict(held(args, kwargs))
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, path: str, args: Any, kwargs: Any, before: dict[Place, Any], output: Any) -> None:
         self.depth -= 1
         if self.depth:
             return
         index, self.current, self.count = self.count, None, self.count + 1
-        leaves, self.returns[index] = tree_flatten(output)
+        puts = {place: value for place, value in held(args, kwargs) if before.get(place) is not value}
+        self.puts[index] = tuple(puts)
+        leaves, self.returns[index] = tree_flatten((output, list(puts.values())))
         for leaf, value in enumerate(leaves):
             if not isinstance(value, Tensor):
                 continue

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers
-from meshloom.parallel.flow import Flow, Output, trace_flow
+from meshloom.parallel.flow import Flow, Output, held, trace_flow
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.schedule import SCHEDULES, Action, play
 from meshloom.plan import Plan
@@ -182,7 +182,8 @@ class Pipeline(nn.Module):
             out = forward(*args, **kwargs)
         finally:
             self._within = False
-        for leaf, value in enumerate(tree_leaves(out)):
+        now = dict(held(args, kwargs))
+        for leaf, value in enumerate(tree_leaves((out, [now[place] for place in self.flow.puts[index]]))):
             made[Output(index, leaf)] = value
         if index == end - 1 and stage < self.num_stages - 1:
             raise _StageOver
@@ -198,7 +199,11 @@ class Pipeline(nn.Module):
         for leaf in range(spec.num_leaves):
             if Output(index, leaf) in received.keys() & self.flow.written:  # autograd lets nobody write into a leaf
                 leaves[leaf] = received[Output(index, leaf)].clone()
-        return tree_unflatten(leaves, spec)
+        out, puts = tree_unflatten(leaves, spec)
+        arguments = dict(enumerate(args)) | kwargs
+        for place, value in zip(self.flow.puts[index], puts, strict=True):
+            arguments[place.argument][place.key] = value
+        return out
 
     def forward(self, stage: int, batch: Mapping[str, Tensor], received: Mapping[Output, Tensor]) -> list[Tensor]:
         """What `stage` sends on, or [loss] of the last stage."""
