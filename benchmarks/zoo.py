@@ -135,7 +135,9 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
         tasks = tasks[len(done) :]
         if tasks:
             kind, family = tasks.pop(0)
-            results.append({"kind": kind, "family": family, "plan": plan, "result": "raised", "why": f"hung or died; {why}"})
+            results.append(
+                {"kind": kind, "family": family, "plan": plan, "result": "raised", "why": f"hung or died; {why}"}
+            )
     return results
 
 
@@ -157,9 +159,9 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-NOTE = f"""Passes: loss and every gradient within 2e-6 of the single model's in float32 (1e-12 in float64), or, where the
-single model's own float32 gradients are further than that from its float64 ones, within twice that distance (at most
-{2 * LARGEST_OWN:.0e})."""
+NOTE = f"""Passes: loss and every gradient within 2e-6 of the single model's in float32 (1e-12 in float64). Where the
+float32 gradients of the single model are further than that from its float64 ones, twice that distance is allowed, at
+most {2 * LARGEST_OWN:.0e}."""
 
 
 def main() -> None:

@@ -114,7 +114,9 @@ class ByItem(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def learn(model: nn.Module, example: Mapping[str, Tensor], run: Callable[[nn.Module, Mapping[str, Tensor]], Any]) -> Answers:
+def learn(
+    model: nn.Module, example: Mapping[str, Tensor], run: Callable[[nn.Module, Mapping[str, Tensor]], Any]
+) -> Answers:
     """The answers of one forward of `model` on `example`, by `run`, which calls it; the model is unchanged.
 
     A model without data is copied and filled with noise if it is small. Raises CannotFollow if it is not.

@@ -18,9 +18,10 @@ from meshloom.parallel.fit import fit
 from meshloom.parallel.gather import gather_around
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, check_stages
-from meshloom.parallel.shard import shard_of
+from meshloom.parallel.shard import Shard, shard_of
 from meshloom.parallel.styles import Part, cut_linear
 from meshloom.plan import Plan
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
@@ -165,10 +166,22 @@ def _cut(model: nn.Module, found: Discovery, mesh: Mesh) -> None:
         for name, child in module._modules.items():
             if child in parts:
                 module._modules[name] = parts[child]
+    for candidate in found.owned:
+        _cut_parameter(model, candidate.parameter, Shard(dim=candidate.dim), index, degree)
     for path, sources in found.gathered.items():
         pair = next(pair for pair in pairs if sources & pair.columns.keys())
         num_copies = pair.num_copies(next(iter(sources & pair.columns.keys())), degree)
         gather_around(model.get_submodule(path), group, index, degree, num_copies)
+
+
+def _cut_parameter(model: nn.Module, name: str, shard: Shard, index: int, degree: int) -> None:
+    whole = model.get_parameter(name)
+    part = nn.Parameter(shard.take(whole.detach(), index, degree), requires_grad=whole.requires_grad)
+    part.tensor_shard = shard  # type: ignore[attr-defined]
+    for module in model.modules():
+        for key, held in module._parameters.items():
+            if held is whole:
+                module._parameters[key] = part
 
 
 def _sharers(mesh: Mesh, num_copies: int) -> dist.ProcessGroup:

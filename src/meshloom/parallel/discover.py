@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meshloom.parallel import owned
 from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.fake import Seen, run_fake
 from meshloom.parallel.styles import linear_shape
-from meshloom.parallel.trail import RULES, Cut, Trail, Whole, pointwise
+from meshloom.parallel.trail import RULES, Candidate, Cut, Rule, Trail, Whole, pointwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,9 @@ class Discovery:
     partial: Mapping[str, frozenset[str]] = field(default_factory=dict)
     # small modules that need all features of the columns whose output they get, such as a norm over all heads
     gathered: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    owned: Mapping[Candidate, frozenset[str]] = field(
+        default_factory=dict
+    )  # dims of parameters cut with what they meet
     counts: tuple[tuple[str, str, int], ...] = ()  # module, attribute, and what it counts on a rank
     answers: Answers | None = None  # of a forward that decides by values
     # ops: name, shape of a result, its cut, and the gathered module that it is of
@@ -75,6 +79,7 @@ class Discovery:
             kept={**dropped, **self.kept},
             partial={name: met for name, met in self.partial.items() if met & columns},
             gathered={path: met for path, met in self.gathered.items() if met & columns},
+            owned={candidate: met for candidate, met in self.owned.items() if met <= columns},
         )
 
     def shapes(self, degree: int) -> list[Seen]:
@@ -138,6 +143,14 @@ def _followed(
             handles.append(module.register_forward_hook(after(trail, path, module)))
     was_training = model.training
     outside = _Outside(trail, linears)
+    of_linears = {id(parameter) for module in linears.values() for parameter in module.parameters()}
+
+    def told(real: Tensor, fake: Tensor) -> None:
+        trail.told(names[id(real)], fake)
+        outside.told(real, fake)
+        if id(real) not in of_linears:
+            owned.begin(trail, names[id(real)], fake)
+
     try:
         model.eval()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -147,7 +160,7 @@ def _followed(
             outside,
             _Follow(trail),
             answers=answers,
-            told=lambda real, fake: [trail.told(names[id(real)], fake), outside.told(real, fake)],
+            told=told,
         )
         with suppress(CannotFollow):  # then what it did until there is all that is known
             run_fake(model.train(), example, outside, answers=answers, told=outside.told)
@@ -157,9 +170,22 @@ def _followed(
             handle.remove()
     for path, why in (*outside.found.items(), *_tied(model, linears)):
         trail.lost[path] = trail.tied[path] = why
+    trail.seen = [(op, shape, _settled(trail, cut), within) for op, shape, cut, within in trail.seen]
+    for candidate in trail.owned.keys() & trail.used_whole:
+        trail.lose(trail.owned[candidate], f"{candidate.parameter}, which they meet, is also used whole")
     for path in trail.gets_other:
         trail.lose(trail.gathered.pop(path, ()), f"{path} gets other features at another call")
     return trail
+
+
+def _settled(trail: Trail, cut: Any) -> Cut | None:
+    """The cut of what was made of a parameter, now that it is known which dims of parameters are cut."""
+    if cut is None or isinstance(cut, Cut):
+        return cut
+    for candidate, dim in cut.items():
+        if candidate in trail.owned:
+            return Cut(frozenset(trail.owned[candidate]), dim, 1)
+    return None
 
 
 def _tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
@@ -310,6 +336,8 @@ class _Follow(TorchDispatchMode):
         self.trail.meet(name, tensors, results)
         if any(tensor in cuts for tensor in tensors):
             self._carry(func, args, tensors, results)
+        elif any(tensor in self.trail.candidates for tensor in tensors):
+            owned.spread(self.trail, _rule_of(func), args, tensors, results)
         self._note(func, results)
         return out
 
@@ -317,18 +345,22 @@ class _Follow(TorchDispatchMode):
         trail, name = self.trail, func.overloadpacket.__name__
         within = trail.gathering[-1] if trail.gathering else ""
         trail.seen += [
-            (name, None if trail.is_uniform(result) else tuple(result.shape), trail.cuts.get(result), within)
+            (name, None if trail.is_uniform(result) else tuple(result.shape), self._cut_of(result), within)
             for result in results
             if isinstance(result, Tensor)
         ]
 
+    def _cut_of(self, tensor: Tensor) -> Any:
+        """Its cut, or what may yet turn out to be one."""
+        return self.trail.cuts.get(tensor) or self.trail.candidates.get(tensor)
+
     def _carry(self, func: Any, args: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Hand the cut on to the results, or note that the trail is lost here."""
         cuts, name = self.trail.cuts, func.overloadpacket.__name__
-        rule = RULES.get(name)
-        if rule is None and torch.Tag.pointwise in func.tags:
-            rule = pointwise
+        rule = _rule_of(func)
         after = rule(self.trail, args, tensors, results) if rule is not None else None
+        if after is None and rule is not None:
+            after = owned.join(self.trail, rule, args, tensors, results)
         if after is None:
             given = [cuts[tensor] for tensor in tensors if tensor in cuts]
             self.trail.lose((source for cut in given for source in cut.sources), f"{name} mixes its features")
@@ -340,6 +372,11 @@ class _Follow(TorchDispatchMode):
                     self.trail.num_units[source] = min(self.trail.num_units[source], cut.num_units)
                     if len(cut.sources) == 1:
                         self.trail.own_units[source] = min(self.trail.own_units[source], cut.num_units)
+
+
+def _rule_of(func: Any) -> Rule | None:
+    rule = RULES.get(func.overloadpacket.__name__)
+    return pointwise if rule is None and torch.Tag.pointwise in func.tags else rule
 
 
 _OF_A_LINEAR = frozenset(
@@ -389,10 +426,16 @@ def _pair(trail: Trail, linears: Mapping[str, nn.Module]) -> Discovery:
         if path not in cut
     }
     sources = {path for pair in pairs for path in pair.columns}
+    cut_with = {candidate: frozenset(met) for candidate, met in trail.owned.items() if met <= sources}
     return Discovery(
         pairs=tuple(pairs),
         kept=kept,
-        partial={name: frozenset(met) for name, met in trail.partial.items() if met & sources},
+        partial={
+            name: frozenset(met)
+            for name, met in trail.partial.items()
+            if met & sources and not any(candidate.parameter == name for candidate in cut_with)
+        },
+        owned=cut_with,
         gathered={path: frozenset(met) for path, met in trail.gathered.items() if met & sources},
         seen=tuple(trail.seen),
     )

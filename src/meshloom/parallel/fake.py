@@ -44,8 +44,9 @@ def run_fake(
 ) -> None:
     """Run the forward on fake tensors, within `modes`; raises what the forward raises on wrong shapes.
 
-    With `grad` it builds the graph that a backward would follow. Where it asks for values, `answers` tells them; raises CannotFollow if they do not. `told` is called with each
-    parameter and the fake tensor that stands for it, `result` with what the forward returns.
+    With `grad` it builds the graph that a backward would follow. Where it asks for values, `answers` tells them;
+    raises CannotFollow if they do not. `told` is called with each parameter and the fake tensor that stands for it,
+    `result` with what the forward returns.
     """
     first = next(model.parameters())
     is_fake = isinstance(first, FakeTensor)
@@ -123,12 +124,13 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _conversions_in_place(model: nn.Module) -> Iterator[None]:
-    """Within this, `module.to(...)` inside of a forward converts fake parameters, which nn.Module would have to swap."""
+    """Within this, a forward's `module.to(...)` converts fake parameters, which nn.Module would have to swap."""
 
     def convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in module.children() if recurse else ():
             convert(child, fn)
-        for held in (module._parameters, module._buffers):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in holders:
             for name, tensor in held.items():
                 applied = tensor if tensor is None else fn(tensor)
                 if applied is not tensor:

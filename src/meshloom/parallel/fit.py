@@ -6,7 +6,7 @@ Tried on a copy of the model on fake tensors, before the model itself is touched
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import combinations, takewhile
 from types import SimpleNamespace

@@ -44,7 +44,8 @@ class Place(NamedTuple):
 
 def held(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
     """What the dicts among the arguments hold."""
-    for argument, value in (*enumerate(args), *kwargs.items()):
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for argument, value in arguments:
         if isinstance(value, MutableMapping):
             for key, item in value.items():
                 yield Place(argument, key), item
@@ -102,9 +103,7 @@ def _flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers | No
     return replace(_Tracer(model, layers).run(example, answers), unreached=unreached)
 
 
-def _calls(
-    model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str], answers: Answers | None
-) -> list[str]:
+def _calls(model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str], answers: Answers | None) -> list[str]:
     """The paths in the order of their calls, without calls within calls."""
     calls: list[str] = []
     running: list[str] = []
@@ -199,14 +198,18 @@ class _Tracer(TorchDispatchMode):
         self.shapes: dict[Output, tuple[tuple[int, ...], torch.dtype]] = {}
         self.returns: dict[int, TreeSpec] = {}
         self.puts: dict[int, tuple[Place, ...]] = {}
+        self.own: list[frozenset[str]] = []  # layer -> its parameters
         self.written: set[Output] = set()
         self.current: int | None = None  # the layer that is running
         self.count = self.depth = 0  # calls of layers so far; of those, how many within one another run now
 
     def run(self, example: Mapping[str, Tensor], answers: Answers | None) -> Flow:
         """The flow of a forward on `example`."""
-        within = {id(p) for path in self.layers for p in self.model.get_submodule(path).parameters()}
-        names = {id(p): name for name, p in self.model.named_parameters() if id(p) not in within}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self.own = [
+            frozenset(names[id(parameter)] for parameter in self.model.get_submodule(path).parameters())
+            for path in self.layers
+        ]
         with _watched(self.model, self.layers, self._enter, self._leave):
             run_fake(self.model, example, self, answers=answers, told=self._told(names), result=self._end)
         return Flow(
@@ -267,7 +270,7 @@ class _Tracer(TorchDispatchMode):
                 "not what it returns; use pp1"
             )
         self.parts[part].outputs |= made.outputs
-        self.parts[part].parameters |= made.parameters
+        self.parts[part].parameters |= made.parameters - (self.own[part] if part == self.current else frozenset())
 
     def _name(self, part: int) -> str:
         return self.layers[part] if part < len(self.layers) else "the part after the last layer"

@@ -52,7 +52,13 @@ def is_gathered(module: nn.Module) -> bool:
 
 
 def _whole(
-    x: Tensor, *, forward: Callable[[Tensor], Tensor], group: dist.ProcessGroup, index: int, degree: int, num_copies: int
+    x: Tensor,
+    *,
+    forward: Callable[[Tensor], Tensor],
+    group: dist.ProcessGroup,
+    index: int,
+    degree: int,
+    num_copies: int,
 ) -> Tensor:
     size = x.size(-1)
     whole = _GatherFeatures.apply(x, group.group_name, index, degree, num_copies)  # type: ignore[no-untyped-call]
