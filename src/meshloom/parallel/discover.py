@@ -9,7 +9,7 @@ cut dim, an op without a rule) the layers stay whole on each rank, and `Discover
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meshloom.parallel import owned
-from meshloom.parallel.answers import Answers, CannotFollow
+from meshloom.parallel.answers import Answers
 from meshloom.parallel.fake import Seen, run_fake
+from meshloom.parallel.outside import Outside
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import RULES, Candidate, Cut, Rule, Trail, Whole, pointwise
 
@@ -130,19 +131,10 @@ def _followed(
     gathers: frozenset[str],
     answers: Answers | None,
 ) -> Trail:
-    """What one forward tells."""
+    """What a forward tells, and what one in training adds: some take another road then."""
     trail = Trail()
-    handles = []
-    for path, module in linears.items():
-        handles.append(module.register_forward_pre_hook(_arrive(trail, path)))
-        handles.append(module.register_forward_hook(_depart(trail, path)))
-    for path, module in model.named_modules():
-        if path not in linears and not module._modules and module._parameters:
-            before, after = (_gather, _part) if path in gathers else (_enter, _leave)
-            handles.append(module.register_forward_pre_hook(before(trail, path)))
-            handles.append(module.register_forward_hook(after(trail, path, module)))
-    was_training = model.training
-    outside = _Outside(trail, linears)
+    outside = Outside(trail.inside, linears)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     of_linears = {id(parameter) for module in linears.values() for parameter in module.parameters()}
 
     def told(real: Tensor, fake: Tensor) -> None:
@@ -151,23 +143,18 @@ def _followed(
         if id(real) not in of_linears:
             owned.begin(trail, names[id(real)], fake)
 
+    was_training = model.training
     try:
-        model.eval()
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        run_fake(
-            model,
-            example,
-            outside,
-            _Follow(trail),
-            answers=answers,
-            told=told,
-        )
-        with suppress(CannotFollow):  # then what it did until there is all that is known
-            run_fake(model.train(), example, outside, answers=answers, told=outside.told)
+        with _hooked(linears, lambda path, module: (_arrive(trail, path), _depart(trail, path))):
+            leaves = {
+                path: module for path, module in model.named_modules() if _is_leaf(module) and path not in linears
+            }
+            with _hooked(leaves, lambda path, module: _around_leaf(trail, path, module, path in gathers)):
+                run_fake(model.eval(), example, outside, _Follow(trail), answers=answers, told=told)
+            with suppress(RuntimeError):  # where it asks for values in training only, what it did until then
+                run_fake(model.train(), example, outside, answers=answers, told=outside.told)
     finally:
         model.train(was_training)
-        for handle in handles:
-            handle.remove()
     for path, why in (*outside.found.items(), *_tied(model, linears)):
         trail.lost[path] = trail.tied[path] = why
     trail.seen = [(op, shape, _settled(trail, cut), within) for op, shape, cut, within in trail.seen]
@@ -176,6 +163,35 @@ def _followed(
     for path in trail.gets_other:
         trail.lose(trail.gathered.pop(path, ()), f"{path} gets other features at another call")
     return trail
+
+
+@contextmanager
+def _hooked(
+    modules: Mapping[str, nn.Module],
+    hooks: Callable[[str, nn.Module], tuple[Callable[..., None], Callable[..., None]]],
+) -> Iterator[None]:
+    """Within this, each module has its hooks: before its forward and after."""
+    handles = []
+    for path, module in modules.items():
+        before, after = hooks(path, module)
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not module._modules and bool(module._parameters)
+
+
+def _around_leaf(
+    trail: Trail, path: str, module: nn.Module, gathers: bool
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    if gathers:
+        return _gather(trail, path), _part(trail, path, module)
+    return _enter(trail, path), _leave(trail, path, module)
 
 
 def _settled(trail: Trail, cut: Any) -> Cut | None:
@@ -282,32 +298,6 @@ def _part(trail: Trail, path: str, module: nn.Module) -> Callable[..., None]:
             trail.partial.setdefault(f"{path}.{name}", set()).update(cut.sources)
 
     return hook
-
-
-class _Outside(TorchDispatchMode):
-    """Finds linear layers whose parameters a forward uses by itself, past the layer: cut ones would be too few."""
-
-    def __init__(self, trail: Trail, linears: Mapping[str, nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.trail = trail
-        self.owners = {id(parameter): path for path, module in linears.items() for parameter in module.parameters()}
-        self.storages: dict[int, tuple[str, Any]] = {}  # the second keeps the number from being used again
-        self.found: dict[str, str] = {}
-
-    def told(self, real: Tensor, fake: Tensor) -> None:
-        """Note the fake tensor that stands for a parameter."""
-        if id(real) in self.owners:
-            storage = fake.untyped_storage()
-            self.storages[storage._cdata] = self.owners[id(real)], storage
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.trail.inside and func.namespace != "prim":
-            for leaf in tree_leaves((args, kwargs)):
-                known = self.storages.get(leaf.untyped_storage()._cdata) if isinstance(leaf, Tensor) else None
-                if known is not None:
-                    told = f"{func.overloadpacket.__name__} uses its parameters past its forward"
-                    self.found.setdefault(known[0], told)
-        return func(*args, **(kwargs or {}))
 
 
 class _Follow(TorchDispatchMode):
