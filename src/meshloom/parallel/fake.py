@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -192,6 +193,17 @@ class _Watch(TorchDispatchMode):
         self.inside -= 1
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this, torch does not print the stack of every op that wrong shapes make fail: that is what is tried."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def trouble_of_part(
     model: nn.Module, example: Mapping[str, Tensor], expected: Sequence[Seen], answers: Answers | None = None
 ) -> str:
@@ -206,7 +218,8 @@ def trouble_of_part(
             handles += [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
     was_training = model.training
     try:
-        run_fake(model.eval(), example, watch, answers=answers)
+        with _quiet():
+            run_fake(model.eval(), example, watch, answers=answers)
     except Exception as error:  # whatever a forward of other people's raises on shapes that it does not expect
         return f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
