@@ -60,24 +60,24 @@ class Tell(TorchDispatchMode):
     `frame` is the one that calls the forward. Raises CannotFollow where the place was not reached as often.
     """
 
-    def __init__(self, answers: Answers | None, frame: FrameType, device: torch.device) -> None:
+    def __init__(self, answers: Answers, frame: FrameType, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.answers, self.frame, self.device = answers, frame, device
         self.asked: Counter[Site] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        site = _site(func, self.frame) if self.answers is not None and func.namespace != "prim" else ()
+        site = _site(func, self.frame)
         number = self.asked[site]
         self.asked[site] += 1
         try:
             return func(*args, **(kwargs or {}))
         except NEEDS_DATA as error:
-            told = f"its forward decides by the values of tensors ({str(error).splitlines()[0]})"
-            if self.answers is None:
-                raise CannotFollow(told) from error
             known = self.answers.given.get(site, ())
             if number >= len(known):
-                raise CannotFollow(f"{told}, and goes another way than it did on real ones") from error
+                raise CannotFollow(
+                    f"its forward decides by the values of tensors ({str(error).splitlines()[0]}), and goes another "
+                    "way than it did on real ones"
+                ) from error
             return tree_map(self._made, known[number], is_leaf=lambda leaf: isinstance(leaf, Like))
 
     def _made(self, leaf: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
-from meshloom.parallel.answers import Answers, CannotFollow
+from meshloom.parallel.answers import Answers
 from meshloom.parallel.discover import Discovery, discover
 from meshloom.parallel.fake import learn_answers
 from meshloom.parallel.fit import fit
@@ -41,13 +41,15 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
     if plan.tp == plan.pp == 1:
         return Discovery(pairs=(), kept={})
     try:
+        return _found(model, plan, example, None)
+    except PlanError:
+        raise
+    except Exception as error:  # of other people's forwards: CannotFollow, or a fake tensor where it wants a number
         try:
-            return _found(model, plan, example, None)
-        except CannotFollow:
             return _found(model, plan, example, learn_answers(model, example))
-    except RuntimeError as error:  # of CannotFollow, or of a forward that fails on fake tensors
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {told}") from error
+        except RuntimeError as other:
+            told = str(other).splitlines()[0] if str(other) else type(other).__name__
+            raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {told}") from error
 
 
 def _found(model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None) -> Discovery:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from meshloom.parallel import owned
 from meshloom.parallel.answers import Answers
 from meshloom.parallel.fake import Seen, run_fake
-from meshloom.parallel.outside import Outside
+from meshloom.parallel.flow import find_layers
+from meshloom.parallel.outside import Outside, until_each_kind_ran
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import RULES, Candidate, Cut, Rule, Trail, Whole, pointwise
 
@@ -149,13 +150,18 @@ def _followed(
             leaves = {
                 path: module for path, module in model.named_modules() if _is_leaf(module) and path not in linears
             }
-            with _hooked(leaves, lambda path, module: _around_leaf(trail, path, module, path in gathers)):
-                run_fake(model.eval(), example, outside, _Follow(trail), answers=answers, told=told)
-            with suppress(RuntimeError):  # where it asks for values in training only, what it did until then
+            blocks = {path: model.get_submodule(path) for path in find_layers(model)}
+            with (
+                _hooked(leaves, lambda path, module: _around_leaf(trail, path, module, path in gathers)),
+                _hooked(blocks, lambda path, module: (lambda *_: trail.blocks.append(path), lambda *_: None)),
+            ):
+                run_fake(model.eval(), example, _Follow(trail, outside), answers=answers, told=told)
+            with until_each_kind_ran(model, trail.blocks) as kinds, suppress(RuntimeError):
+                # where it asks for values in training only, what it did until then
                 run_fake(model.train(), example, outside, answers=answers, told=outside.told)
     finally:
         model.train(was_training)
-    for path, why in (*outside.found.items(), *_tied(model, linears)):
+    for path, why in (*outside.found_in(kinds), *_tied(model, linears)):
         trail.lost[path] = trail.tied[path] = why
     trail.seen = [(op, shape, _settled(trail, cut), within) for op, shape, cut, within in trail.seen]
     for candidate in trail.owned.keys() & trail.used_whole:
@@ -303,9 +309,9 @@ def _part(trail: Trail, path: str, module: nn.Module) -> Callable[..., None]:
 class _Follow(TorchDispatchMode):
     """Carries each tensor's cut through every op."""
 
-    def __init__(self, trail: Trail) -> None:
+    def __init__(self, trail: Trail, outside: Outside) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.trail = trail
+        self.trail, self.outside = trail, outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -322,6 +328,7 @@ class _Follow(TorchDispatchMode):
         cuts, name = self.trail.cuts, func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.outside.meet(name, tensors)
         self.trail.note_uniform(func, tensors, results)
         self.trail.meet(name, tensors, results)
         if any(tensor in cuts for tensor in tensors):

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from meshloom.parallel.answers import Answers, ByItem, Tell, learn
+from meshloom.parallel.answers import NEEDS_DATA, Answers, ByItem, CannotFollow, Tell, learn
 from meshloom.parallel.gather import is_gathered
 from meshloom.parallel.linear import CutLinear
 from meshloom.parallel.styles import linear_shape
@@ -38,28 +38,28 @@ def run_fake(
     model: nn.Module,
     example: Mapping[str, Tensor],
     *modes: TorchDispatchMode,
-    grad: bool = False,
     answers: Answers | None = None,
     told: Callable[[Tensor, Tensor], None] | None = None,
     result: Callable[[Any], None] | None = None,
 ) -> None:
     """Run the forward on fake tensors, within `modes`; raises what the forward raises on wrong shapes.
 
-    With `grad` it builds the graph that a backward would follow. Where it asks for values, `answers` tells them;
-    raises CannotFollow if they do not. `told` is called with each parameter and the fake tensor that stands for it,
-    `result` with what the forward returns.
+    Where it asks for values, `answers` tells them; raises CannotFollow if they do not. `told` is called with each
+    parameter and the fake tensor that stands for it, `result` with what the forward returns.
     """
     first = next(model.parameters())
     is_fake = isinstance(first, FakeTensor)
     mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(grad))
+        stack.enter_context(torch.no_grad())
         stack.enter_context(_left_as_it_was(model))
         stack.enter_context(experts_of_known_shape(model))
         stack.enter_context(_conversions_in_place(model))
         stack.enter_context(mode)
-        stack.enter_context(Tell(answers, sys._getframe(), first.device))
-        stack.enter_context(ByItem())
+        if answers is not None:
+            stack.enter_context(Tell(answers, sys._getframe(), first.device))
+        if answers is not None or model.training:  # each mode costs time at every op
+            stack.enter_context(ByItem())
         state: dict[str, Tensor] = {}
         if not is_fake:
             tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -71,7 +71,10 @@ def run_fake(
                 told(parameter, state.get(name, parameter))
         for other in modes:
             stack.enter_context(other)
-        returned = torch.func.functional_call(model, state, args=(), kwargs=batch)
+        try:
+            returned = torch.func.functional_call(model, state, args=(), kwargs=batch)
+        except NEEDS_DATA as error:
+            raise CannotFollow(f"its forward decides by the values of tensors ({error})".splitlines()[0]) from error
         if result is not None:
             result(returned)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -89,44 +89,9 @@ def trace_flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers
     """
     was_training = model.training
     try:
-        return _flow(model.eval(), example, answers)
+        return _Tracer(model.eval()).run(example, answers)
     finally:
         model.train(was_training)
-
-
-def _flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers | None) -> Flow:
-    candidates = find_layers(model)
-    layers = _calls(model, example, candidates, answers)
-    if len(layers) < 2:
-        raise PlanError("pipeline parallel: expected a list of layers that run one after another, found none; use pp1")
-    unreached = tuple(path for path in candidates if path not in layers)
-    return replace(_Tracer(model, layers).run(example, answers), unreached=unreached)
-
-
-def _calls(model: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str], answers: Answers | None) -> list[str]:
-    """The paths in the order of their calls, without calls within calls."""
-    calls: list[str] = []
-    running: list[str] = []
-    own_backward: list[str] = []
-
-    def called(path: str) -> None:
-        if not running:
-            calls.append(path)
-        running.append(path)
-        if _within_function():
-            own_backward.append(path)
-
-    def left(path: str, args: Any, kwargs: Any, before: None, output: Any) -> None:
-        running.pop()
-
-    with _watched(model, paths, lambda path, args, kwargs: called(path), left):
-        run_fake(model, example, grad=True, answers=answers)
-    if own_backward:  # as of reversible layers, which compute their inputs again from their outputs
-        raise PlanError(
-            f"pipeline parallel: expected layers whose backward autograd runs, but {own_backward[0]} runs within a "
-            "backward of the model's own; use pp1"
-        )
-    return calls
 
 
 @contextmanager
@@ -189,29 +154,35 @@ class _Part:
 class _Tracer(TorchDispatchMode):
     """Follows one forward."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.layers = model, layers
+        self.model = model
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.candidates = find_layers(model)
+        self.parameters_of = {
+            path: frozenset(self.names[id(parameter)] for parameter in model.get_submodule(path).parameters())
+            for path in self.candidates
+        }
+        self.layers: list[str] = []  # in the order of their calls, so far
         self.made: dict[int, _Made] = {}  # storage -> what it was made of
         self.alive: list[Any] = []  # storages, so that none is used again for another tensor
-        self.parts = [_Part() for _ in range(len(layers) + 1)]
+        self.parts: list[_Part] = []
         self.shapes: dict[Output, tuple[tuple[int, ...], torch.dtype]] = {}
         self.returns: dict[int, TreeSpec] = {}
         self.puts: dict[int, tuple[Place, ...]] = {}
-        self.own: list[frozenset[str]] = []  # layer -> its parameters
+        self.own: frozenset[str] = frozenset()  # parameters of the layer that is running
         self.written: set[Output] = set()
         self.current: int | None = None  # the layer that is running
-        self.count = self.depth = 0  # calls of layers so far; of those, how many within one another run now
+        self.depth = 0  # calls of layers within one another that run now
 
     def run(self, example: Mapping[str, Tensor], answers: Answers | None) -> Flow:
         """The flow of a forward on `example`."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self.own = [
-            frozenset(names[id(parameter)] for parameter in self.model.get_submodule(path).parameters())
-            for path in self.layers
-        ]
-        with _watched(self.model, self.layers, self._enter, self._leave):
-            run_fake(self.model, example, self, answers=answers, told=self._told(names), result=self._end)
+        with _watched(self.model, self.candidates, self._enter, self._leave):
+            run_fake(self.model, example, self, answers=answers, told=self._told, result=self._end)
+        if len(self.layers) < 2:
+            raise PlanError(
+                "pipeline parallel: expected a list of layers that run one after another, found none; use pp1"
+            )
         return Flow(
             layers=tuple(self.layers),
             needs=tuple(frozenset(part.outputs) for part in self.parts),
@@ -220,14 +191,11 @@ class _Tracer(TorchDispatchMode):
             returns=tuple(self.returns[index] for index in range(len(self.layers))),
             puts=tuple(self.puts[index] for index in range(len(self.layers))),
             written=frozenset(self.written),
+            unreached=tuple(path for path in self.candidates if path not in self.layers),
         )
 
-    def _told(self, names: Mapping[int, str]) -> Any:
-        def told(parameter: Tensor, fake: Tensor) -> None:
-            if id(parameter) in names:
-                self._mark(fake, _Made(parameters=frozenset((names[id(parameter)],))))
-
-        return told
+    def _told(self, parameter: Tensor, fake: Tensor) -> None:
+        self._mark(fake, _Made(parameters=frozenset((self.names[id(parameter)],))))
 
     def _mark(self, tensor: Tensor, made: _Made) -> None:
         storage = tensor.untyped_storage()
@@ -270,22 +238,30 @@ class _Tracer(TorchDispatchMode):
                 "not what it returns; use pp1"
             )
         self.parts[part].outputs |= made.outputs
-        self.parts[part].parameters |= made.parameters - (self.own[part] if part == self.current else frozenset())
+        self.parts[part].parameters |= made.parameters - self.own
 
     def _name(self, part: int) -> str:
         return self.layers[part] if part < len(self.layers) else "the part after the last layer"
 
     def _enter(self, path: str, args: Any, kwargs: Any) -> dict[Place, Any]:
+        if _within_function():  # as of reversible layers, which compute their inputs again from their outputs
+            raise PlanError(
+                f"pipeline parallel: expected layers whose backward autograd runs, but {path} runs within a "
+                "backward of the model's own; use pp1"
+            )
         self.depth += 1
         if self.depth == 1:
-            self.current = self.count
+            self.current = len(self.layers)
+            self.layers.append(path)
+            self.parts.append(_Part())
+            self.own = self.parameters_of[path]
         return dict(held(args, kwargs))
 
     def _leave(self, path: str, args: Any, kwargs: Any, before: dict[Place, Any], output: Any) -> None:
         self.depth -= 1
         if self.depth:
             return
-        index, self.current, self.count = self.count, None, self.count + 1
+        index, self.current, self.own = len(self.layers) - 1, None, frozenset()
         puts = {place: value for place, value in held(args, kwargs) if before.get(place) is not value}
         self.puts[index] = tuple(puts)
         leaves, self.returns[index] = tree_flatten((output, list(puts.values())))
@@ -298,5 +274,7 @@ class _Tracer(TorchDispatchMode):
                 self.shapes[Output(index, leaf)] = (tuple(value.shape), value.dtype)
 
     def _end(self, result: Any) -> None:
+        self.parts.append(_Part())
         loss = getattr(result, "loss", None)
-        self._consume(len(self.layers), self._of([loss] if loss is not None else tree_leaves(dict(result))))
+        outputs = tree_leaves(dict(result) if isinstance(result, Mapping) else result)
+        self._consume(len(self.layers), self._of(outputs if loss is None else [loss]))

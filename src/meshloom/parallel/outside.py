@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,11 +27,59 @@ class Outside(TorchDispatchMode):
             storage = fake.untyped_storage()
             self.storages[storage._cdata] = self.owners[id(real)], storage
 
+    def meet(self, op: str, tensors: Iterable[Any]) -> None:
+        """Note whose parameters are among the tensors of an op."""
+        for tensor in () if self.running else tensors:
+            known = self.storages.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+            if known is not None:
+                self.found.setdefault(known[0], f"{op} uses its parameters past its forward")
+
+    def found_in(self, kinds: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+        """The layers that were found, and those in the same places of blocks that are like theirs; each with why."""
+        for path, why in self.found.items():
+            yield path, why
+            for block, others in kinds.items():
+                if path.startswith(f"{block}."):
+                    yield from ((other + path[len(block) :], why) for other in others)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.running and func.namespace != "prim":
-            for leaf in tree_leaves((args, kwargs)):
-                known = self.storages.get(leaf.untyped_storage()._cdata) if isinstance(leaf, Tensor) else None
-                if known is not None:
-                    told = f"{func.overloadpacket.__name__} uses its parameters past its forward"
-                    self.found.setdefault(known[0], told)
+        if func.namespace != "prim":
+            self.meet(func.overloadpacket.__name__, tree_leaves((args, kwargs)))
         return func(*args, **(kwargs or {}))
+
+
+class _Enough(Exception):
+    """Every kind of block has run."""
+
+
+@contextmanager
+def until_each_kind_ran(model: nn.Module, ran: Collection[str]) -> Iterator[dict[str, list[str]]]:
+    """Within this a forward ends, and so does the block, when one block of each kind among those that `ran` has; gives
+    path of that block -> those that are like it, class and shapes of parameters.
+
+    Blocks are the entries of module lists. That no layer is past its like spares most of a deep model.
+    """
+    alike: dict[Any, list[str]] = {}
+    for path in ran:
+        block = model.get_submodule(path)
+        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+        alike.setdefault((type(block), shapes), []).append(path)
+    kinds = {paths[0]: paths for paths in alike.values()}
+    missing = set(kinds)
+
+    def done(path: str) -> None:
+        missing.discard(path)
+        if not missing:
+            raise _Enough
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda module, args, output, path=path: done(path))
+        for path in kinds
+    ]
+    try:
+        yield kinds
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -57,6 +57,7 @@ class Trail:
     candidates: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> Candidate -> dim
     owned: dict[Candidate, set[str]] = field(default_factory=dict)  # those that are cut with the sources they meet
     used_whole: set[Candidate] = field(default_factory=set)  # those that some op needs whole
+    blocks: list[str] = field(default_factory=list)  # entries of lists of modules that have run
     leaf: list[str] = field(default_factory=list)  # the modules without children that are running
     lost_in: dict[str, str] = field(default_factory=dict)  # source -> the leaf module in which its trail was lost
     could_gather: frozenset[str] = frozenset()  # leaf modules that lost a trail, and get and give the same features
