@@ -35,7 +35,7 @@ from zoo_configs import Size, batch, build, families
 KINDS = ("causal", "masked", "seq2seq")
 PLANS = ("tp2", "tp4", "pp2", "tp2.pp2.dp2")
 LARGEST_OWN = 5e-4  # more is no rounding: a value has crossed a border and the forward has gone another way
-PATIENCE_S = 60  # for one family on one plan
+PATIENCE_S = 180  # for one family on one plan
 
 
 def check_family(
@@ -78,7 +78,9 @@ def work(rank: int, plan_text: str, tasks: list[tuple[str, str]], folder: str, o
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - transformers' own warnings, thousands of them
     plan = replace(Plan.parse(plan_text), num_micro_batches=2)
     store = dist.FileStore(f"{folder}/store", plan.world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.world_size, timeout=timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=plan.world_size, timeout=timedelta(seconds=PATIENCE_S)
+    )
     mesh = make_mesh(plan, torch.device("cpu"))
     size = Size(**options["size"])
     if plan.tp > 2:

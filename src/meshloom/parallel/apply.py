@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
-from meshloom.parallel.answers import Answers
+from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.discover import Discovery, discover
 from meshloom.parallel.fake import learn_answers
 from meshloom.parallel.fit import fit
@@ -47,8 +47,11 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
     except Exception as error:  # of other people's forwards: CannotFollow, or a fake tensor where it wants a number
         try:
             return _found(model, plan, example, learn_answers(model, example))
-        except RuntimeError as other:
-            told = str(other).splitlines()[0] if str(other) else type(other).__name__
+        except PlanError:
+            raise
+        except Exception as other:
+            cause = other if isinstance(error, CannotFollow) else error
+            told = f"{'' if isinstance(cause, CannotFollow) else type(cause).__name__ + ': '}{cause}".splitlines()[0]
             raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {told}") from error
 
 

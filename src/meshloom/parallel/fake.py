@@ -117,13 +117,18 @@ def learn_answers(model: nn.Module, example: Mapping[str, Tensor]) -> Answers:
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """After this, modules have the attributes that they had: a forward may keep there what it finds, as a capacity."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    held = [
+        attributes
+        for module in model.modules()
+        for attributes in (vars(module), module._parameters, module._buffers, module._modules)
+    ]
+    before: list[dict[str, Any]] = [dict(attributes) for attributes in held]
     try:
         yield
     finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for attributes, kept in zip(held, before, strict=True):
+            attributes.clear()
+            attributes.update(kept)
 
 
 @contextmanager
@@ -136,13 +141,9 @@ def _conversions_in_place(model: nn.Module) -> Iterator[None]:
         holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for held in holders:
             for name, tensor in held.items():
-                applied = tensor if tensor is None else fn(tensor)
-                if applied is not tensor:
-                    before.append((held, name, tensor))
-                    held[name] = applied
+                held[name] = tensor if tensor is None else fn(tensor)
         return module
 
-    before: list[tuple[dict[str, Any], str, Any]] = []
     modules = [module for module in model.modules() if "_apply" not in vars(module)]
     for module in modules:
         vars(module)["_apply"] = partial(convert, module)
@@ -151,8 +152,6 @@ def _conversions_in_place(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             del vars(module)["_apply"]
-        for held, name, tensor in reversed(before):
-            held[name] = tensor
 
 
 @contextmanager
