@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from meshloom.errors import MeshloomError
 from meshloom.parallel.apply import parallelize
-from meshloom.parallel.certify import TOLERANCE, certify
+from meshloom.parallel.certify import TOLERANCE, certify, rounding
 from meshloom.parallel.data import data_parallel
 from meshloom.parallel.mesh import make_mesh
 from meshloom.plan import Plan
@@ -34,7 +34,8 @@ from zoo_configs import Size, batch, build, families
 
 KINDS = ("causal", "masked", "seq2seq")
 PLANS = ("tp2", "tp4", "pp2", "tp2.pp2.dp2")
-PATIENCE_S = 60  # for one family on one plan
+LARGEST_OWN = 5e-4  # more is no rounding: a value has crossed a border and the forward has gone another way
+PATIENCE_S = 180  # for one family on one plan
 
 
 def check_family(
@@ -54,9 +55,13 @@ def check_family(
         return {"result": "refused", "why": str(error)[:300]}
     batches = [batch(family, kind, config, seed + number) for number in range(plan.dp * plan.num_micro_batches)]
     told = certify(single, parallel, batches, mesh)
-    good = told.passes(TOLERANCE[dtype])
+    good, own = told.passes(TOLERANCE[dtype]), 0.0
+    if not good and dtype == torch.float32:
+        own = rounding(single, batches)
+        good = own <= LARGEST_OWN and told.passes(2 * own)
     return {
         "result": "passes" if good else "wrong",
+        "own": own,
         "loss": told.loss,
         "gradient": told.gradient,
         "parameter": told.parameter,
@@ -73,7 +78,9 @@ def work(rank: int, plan_text: str, tasks: list[tuple[str, str]], folder: str, o
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - transformers' own warnings, thousands of them
     plan = replace(Plan.parse(plan_text), num_micro_batches=2)
     store = dist.FileStore(f"{folder}/store", plan.world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.world_size, timeout=timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=plan.world_size, timeout=timedelta(seconds=PATIENCE_S)
+    )
     mesh = make_mesh(plan, torch.device("cpu"))
     size = Size(**options["size"])
     if plan.tp > 2:
@@ -81,11 +88,13 @@ def work(rank: int, plan_text: str, tasks: list[tuple[str, str]], folder: str, o
     dtype = getattr(torch, options["dtype"])
     for kind, family in tasks:
         if rank == 0:
-            Path(folder, "current").write_text(json.dumps([kind, family]))
+            Path(folder, "raised").unlink(missing_ok=True)
         try:
             told = check_family(kind, family, plan, mesh, size, options["seed"], dtype)
         except Exception as error:
             told = {"result": "raised", "why": f"{type(error).__name__}: {error}"[:300]}
+            with Path(folder, "raised").open("a") as file:  # the others may wait for this rank forever
+                file.write(f"rank {rank}: {told['why']}\n")
         everyone: list[Any] = [None] * plan.world_size
         dist.all_gather_object(everyone, told)
         if rank == 0:
@@ -118,6 +127,8 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
                     break
                 time.sleep(0.2)
             time.sleep(0.5)
+            raised = Path(folder, "raised")
+            why = raised.read_text().splitlines()[0] if raised.exists() else "no rank says why"
             done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             for process in processes:
                 process.kill()
@@ -126,24 +137,33 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
         tasks = tasks[len(done) :]
         if tasks:
             kind, family = tasks.pop(0)
-            results.append({"kind": kind, "family": family, "plan": plan, "result": "raised", "why": "hung or died"})
+            results.append(
+                {"kind": kind, "family": family, "plan": plan, "result": "raised", "why": f"hung or died; {why}"}
+            )
     return results
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """A line a kind and plan."""
     rows = [
-        "| heads | plan | families | pass | refused | wrong | raised | not built |",
-        "|---|---|---|---|---|---|---|---|",
+        "| heads | plan | families | pass | of them by own rounding | refused | wrong | raised | not built |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in KINDS:
         for plan in dict.fromkeys(item["plan"] for item in results):
             some = [item for item in results if item["kind"] == kind and item["plan"] == plan]
             if some:
                 counts = Counter(item["result"] for item in some)
-                numbers = [counts[name] for name in ("passes", "refused", "wrong", "raised", "not built")]
+                by_own = sum(item["result"] == "passes" and item["own"] > 0 for item in some)
+                rest = [counts[name] for name in ("refused", "wrong", "raised", "not built")]
+                numbers = [counts["passes"], by_own, *rest]
                 rows.append(f"| {kind} | {plan} | {len(some)} | " + " | ".join(map(str, numbers)) + " |")
     return "\n".join(rows)
+
+
+NOTE = f"""Passes: loss and every gradient within 2e-6 of the single model's in float32 (1e-12 in float64). Where the
+float32 gradients of the single model are further than that from its float64 ones, twice that distance is allowed, at
+most {2 * LARGEST_OWN:.0e}."""
 
 
 def main() -> None:
@@ -173,13 +193,13 @@ def main() -> None:
         return
     if options.verbose:
         for item in results:
-            if item["result"] != "passes":
-                told = (
-                    item.get("why")
-                    or f"loss {item['loss']:.1e}, gradient {item['gradient']:.1e} of {item['parameter']}"
+            if item["result"] != "passes" or item["own"] > 0:
+                told = item.get("why") or (
+                    f"loss {item['loss']:.1e}, gradient {item['gradient']:.1e} of {item['parameter']}, "
+                    f"own rounding {item['own']:.1e}"
                 )
                 print(f"{item['plan']:12} {item['kind']:8} {item['family']:28} {item['result']:9} {told}")
-    text = section("The zoo", f"python benchmarks/zoo.py --plans {options.plans}", table(results))
+    text = section("The zoo", f"python benchmarks/zoo.py --plans {options.plans}", table(results) + "\n\n" + NOTE)
     print(text)
     if options.write:
         write_section(text)

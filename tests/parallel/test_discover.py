@@ -60,9 +60,16 @@ def test_a_pair_is_found(between: str, units: int) -> None:
     assert (dict(pair.columns), pair.rows, pair.num_units) == ({"first": 1}, ("second",), units)
 
 
+def test_a_norm_over_cut_features_is_gathered() -> None:
+    found = _discover(_Toy("norm"))
+    assert [(dict(pair.columns), pair.rows) for pair in found.pairs] == [({"first": 1}, ("second",))]
+    assert dict(found.gathered) == {"norm": {"first"}}
+    assert dict(found.partial) == {"norm.weight": {"first"}, "norm.bias": {"first"}}
+
+
 @pytest.mark.parametrize(
     ("between", "why"),
-    [("norm", "native_layer_norm"), ("residual", "add"), ("softmax over features", "softmax"), ("half", "slice"),
+    [("residual", "add"), ("softmax over features", "softmax"), ("half", "slice"),
      ("heads inside", "")],
 )  # fmt: skip
 def test_what_cannot_be_proved_stays_whole(between: str, why: str) -> None:

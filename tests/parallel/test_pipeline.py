@@ -69,19 +69,24 @@ def test_what_crosses_in_an_encoder_and_decoder() -> None:
     assert "encoder.final_layer_norm.weight" in flow.parameters[3]
 
 
+class _Keeping(nn.Linear):
+    """Keeps what it computes inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x * self.weight.sum()
+        return super().forward(x)
+
+
 class _Peeking(nn.Module):
     """Its second layer uses what the first keeps to itself."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        self.layers = nn.ModuleList([_Keeping(4, 4) for _ in range(2)])
 
     def forward(self, input_ids: Tensor) -> Any:
-        kept: list[Tensor] = []
-        handle = self.layers[0].register_forward_pre_hook(lambda module, args: kept.append(module.weight * 2))
         hidden = self.layers[0](torch.nn.functional.one_hot(input_ids, 4).float())
-        handle.remove()
-        return {"out": self.layers[1](hidden * kept[0].sum())}
+        return {"out": self.layers[1](hidden * self.layers[0].kept.sum())}
 
 
 def test_layers_that_share_what_they_compute_inside_are_refused() -> None:

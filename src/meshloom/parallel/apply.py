@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations, takewhile
 from typing import Any
 
 import torch
@@ -13,13 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
+from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.borders import border_modules
 from meshloom.parallel.borders import install as install_sequence
-from meshloom.parallel.discover import Discovery, Pair, discover
+from meshloom.parallel.discover import Discovery, discover
 from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
-from meshloom.parallel.fake import trouble_of_part
+from meshloom.parallel.fake import learn_answers, trouble_of_part
+from meshloom.parallel.fit import fit
 from meshloom.parallel.flow import find_layers
+from meshloom.parallel.gather import gather_around
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline, Stages, find_stages
 from meshloom.parallel.recompute import recompute
@@ -29,8 +31,6 @@ from meshloom.parallel.styles import Part, cut_linear
 from meshloom.parallel.vocab import CutVocabulary
 from meshloom.parallel.vocab import Part as VocabularyPart
 from meshloom.plan import Plan
-
-_MOST_LEFT_OUT = 2  # numbers of a module that are equal to a count by chance; each more doubles the tries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +56,29 @@ def find_cut(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> tup
     if plan.tp == plan.pp == 1:
         return Discovery(pairs=(), kept={}), None
     try:
-        stages = find_stages(model, plan, example) if plan.pp > 1 else None
-        if plan.tp == 1:
-            return Discovery(pairs=(), kept={}), stages
-        found = discover(model, example)
-        taken = {path for pair in found.pairs for path in (*pair.columns, *pair.rows)}
-        found = replace(found, vocabulary=find_vocabulary(model, example, taken))
-    except RuntimeError as error:  # of CannotFollow, or of a forward that fails on fake tensors
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {told}") from error
+        return _found(model, plan, example, None)
+    except PlanError:
+        raise
+    except Exception as error:  # of other people's forwards: CannotFollow, or a fake tensor where it wants a number
+        try:
+            return _found(model, plan, example, learn_answers(model, example))
+        except PlanError:
+            raise
+        except Exception as other:
+            cause = other if isinstance(error, CannotFollow) else error
+            told = f"{'' if isinstance(cause, CannotFollow) else type(cause).__name__ + ': '}{cause}".splitlines()[0]
+            raise PlanError(f"plan {plan}: expected a forward that runs on tensors without data, but {told}") from error
+
+
+def _found(
+    model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None
+) -> tuple[Discovery, Stages | None]:
+    stages = find_stages(model, plan, example, answers) if plan.pp > 1 else None
+    if plan.tp == 1:
+        return Discovery(pairs=(), kept={}, answers=answers), stages
+    found = discover(model, example, answers)
+    taken = {path for pair in found.pairs for path in (*pair.columns, *pair.rows)}
+    found = replace(found, vocabulary=find_vocabulary(model, example, taken, answers))
     if not found.pairs and not found.cuts_vocabulary:
         why = next(iter(found.kept.items()), ("the model", "it has no linear layer"))
         raise PlanError(f"plan {plan}: expected layers that can be cut, found none ({why[0]}: {why[1]}); use tp1")
@@ -76,12 +90,22 @@ def find_cut(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> tup
                     f"plan {plan}: {path} has {units} {what}, which tp{plan.tp} does not divide; "
                     f"use a divisor of {units}"
                 )
+    if found.pairs:
+        found = fit(model, found, example, plan, _cut)
     if plan.sequence_parallel:
-        if not found.pairs:
-            raise PlanError(f"plan {plan}: sequence parallel needs layers that tensor parallel cuts; leave out sp")
-        cut = cut_sequence(model, sequence_example(example, plan.tp), found.pairs)
-        found = replace(found, sequence=cut)
+        found = replace(found, sequence=_sequence(model, found, example, plan))
     return found, stages
+
+
+def _sequence(model: nn.Module, found: Discovery, example: Mapping[str, Tensor], plan: Plan) -> Any:
+    if not found.pairs:
+        raise PlanError(f"plan {plan}: sequence parallel needs layers that tensor parallel cuts; leave out sp")
+    if found.gathered or found.owned or found.answers is not None:
+        why = next(iter(found.gathered), "") or next(
+            (c.parameter for c in found.owned), "its forward decides by values"
+        )
+        raise PlanError(f"plan {plan}: sequence parallel does not know what to make of {why}; leave out sp")
+    return cut_sequence(model, sequence_example(example, plan.tp), found.pairs)
 
 
 def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -93,11 +117,11 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
     found, stages = find_cut(model, plan, example)
     if found.pairs:
-        _cut(model, found.pairs, mesh)
+        _cut(model, found, mesh)
     for name in found.partial:  # such as the norm of each head
         model.get_parameter(name).register_hook(partial(sum_gradient, group=mesh.groups["tp"]))
-    if found.pairs and trouble_of_part(model, example, found.shapes(plan.tp)):
-        _fit_counts(model, found, example, plan)
+    for path, name, count in found.counts:
+        setattr(model.get_submodule(path), name, count)
     if found.sequence is not None:
         _install_sequence(model, found, example, plan, mesh)
     if found.vocabulary is not None and found.cuts_vocabulary:
@@ -105,7 +129,10 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
     if found.pairs and has_dropout(model):
         _draw_apart(model, found, mesh)
     recompute(model, find_layers(model), plan.recompute)
-    return Pipeline(model, mesh=mesh, stages=stages) if stages is not None else model
+    if stages is None:
+        model.depends_on_values = found.answers is not None  # type: ignore[assignment]
+        return model
+    return Pipeline(model, mesh=mesh, stages=stages, answers=found.answers)
 
 
 def explain(found: Discovery) -> list[Decision]:
@@ -179,7 +206,8 @@ def sum_gradient(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
     return sum_over(gradient, group).clone()
 
 
-def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
+def _cut(model: nn.Module, found: Discovery, mesh: Mesh) -> None:
+    pairs = found.pairs
     degree, index, group = mesh.degree("tp"), mesh.index("tp"), mesh.groups["tp"]
     parts: dict[nn.Module, nn.Module] = {}
     made: dict[tuple[int, str, int], nn.Parameter] = {}  # layers that were tied stay tied
@@ -199,6 +227,12 @@ def _cut(model: nn.Module, pairs: Sequence[Pair], mesh: Mesh) -> None:
             parts[whole] = part
     _replace(model, parts)
     _retie(model, {whole: parameter for (whole, _, _), parameter in made.items()})
+    for candidate in found.owned:
+        _cut_parameter(model, candidate.parameter, Shard(dim=candidate.dim), index, degree)
+    for path, sources in found.gathered.items():
+        pair = next(pair for pair in pairs if sources & pair.columns.keys())
+        num_copies = pair.num_copies(next(iter(sources & pair.columns.keys())), degree)
+        gather_around(model.get_submodule(path), group, index, degree, num_copies)
 
 
 def _install_sequence(
@@ -260,6 +294,12 @@ def _replace(model: nn.Module, parts: Mapping[nn.Module, nn.Module]) -> None:
                 module._modules[name] = parts[child]
 
 
+def _cut_parameter(model: nn.Module, name: str, shard: Shard, index: int, degree: int) -> None:
+    whole = model.get_parameter(name)
+    part = nn.Parameter(shard.take(whole.detach(), index, degree), requires_grad=whole.requires_grad)
+    _retie(model, {id(whole): mark(part, shard)})
+
+
 def _retie(model: nn.Module, made: Mapping[int, nn.Parameter]) -> None:
     """Put each cut parameter where its whole stands, `made` by the id of the whole; they may be tied."""
     for module in list(model.modules()):
@@ -273,62 +313,3 @@ def _sharers(mesh: Mesh, num_copies: int) -> dist.ProcessGroup:
     begins = range(0, mesh.degree("tp"), num_copies)
     groups = [mesh.part("tp", tuple(range(begin, begin + num_copies))) for begin in begins]
     return next(group for group in groups if group is not None)
-
-
-def _fit_counts(model: nn.Module, found: Discovery, example: Mapping[str, Tensor], plan: Plan) -> None:
-    """The forward reshapes or splits by numbers of its own, which must now count this rank's part.
-
-    All that equal a count of heads or features are tried first; where that is too many, because a number is equal by
-    chance, fewer. What is right is decided by the shapes of the whole forward. Raises PlanError if nothing fits.
-    """
-    places = [
-        (owner, name, getattr(owner, name), value)
-        for pair in found.pairs
-        for owner in _owners(model, [*pair.columns, *pair.rows])
-        for name, value in _counts(owner, pair, plan.tp).items()
-    ]
-    names = sorted({name for _, name, _, _ in places})
-    trouble = "it has no count that could be divided"
-    for left_out in range(min(len(names), _MOST_LEFT_OUT + 1)):
-        for kept in combinations(names, len(names) - left_out):
-            for owner, name, before, after in places:
-                setattr(owner, name, after if name in kept else before)
-            told = trouble_of_part(model, example, found.shapes(plan.tp))
-            if not told:
-                return
-            trouble = trouble if left_out else told  # what all of them give says most
-    for owner, name, before, _ in places:
-        setattr(owner, name, before)
-    raise PlanError(f"plan {plan}: the model's forward does not run on a rank's part: {trouble}; use tp1")
-
-
-def _owners(model: nn.Module, paths: list[str]) -> list[nn.Module]:
-    """The innermost module that holds all the layers of a pair, and those between it and the layers."""
-    parents = [path.split(".")[:-1] for path in paths]
-    depth = len(list(takewhile(lambda names: len(set(names)) == 1, zip(*parents))))
-    between = {".".join(parent[:end]) for parent in parents for end in range(depth, len(parent) + 1)}
-    return [model.get_submodule(path) for path in sorted(between)]
-
-
-def _counts(owner: nn.Module, pair: Pair, degree: int) -> dict[str, int]:
-    """The owner's own numbers that count cut heads or features, with what they are on a rank: its forward reshapes and
-    splits by them. Where ranks share heads, so do the number of those and how often they are repeated.
-
-    The size of a single head is never cut, whatever number it happens to equal.
-    """
-    most = max(pair.units.values())
-    head_size = pair.width // most
-    divided: dict[int, int] = {}
-    for path, units in pair.units.items():
-        copies = pair.num_copies(path, degree)
-        if copies > 1:
-            divided |= {most // units: most // units // copies, units: 1, units * head_size: head_size}
-    divided |= {most: most // degree} if most < pair.width else {}
-    divided |= {units: units // degree for units in pair.units.values() if not units % degree and units < pair.width}
-    divided |= {pair.width: pair.width // degree}
-    numbers = {name: value for name, value in vars(owner).items() if type(value) is int and value in divided}
-    return {
-        name: divided[value]
-        for name, value in numbers.items()
-        if value != head_size or not name.endswith(("head_dim", "head_size"))
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshloom.parallel.data import synced_gradients
+from meshloom.parallel.fake import experts_of_known_shape
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.shard import shard_of
@@ -105,6 +107,29 @@ def certify(single: nn.Module, parallel: nn.Module, batches: Sequence[Mapping[st
     everyone: list[Certificate | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine_certificate)
     return max((item for item in everyone if item is not None), key=lambda item: (item.gradient, item.loss))
+
+
+def rounding(single: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """The worst error of the gradients that `single`, in float32, has by itself: against the same model in float64.
+
+    Relative to the same scales as a certificate's. It has the gradients of the same batches already. Infinite where
+    the model does not run in float64.
+    """
+    gradients = {name: parameter.grad for name, parameter in single.named_parameters() if parameter.grad is not None}
+    twin = copy.deepcopy(single).double()
+    twin.zero_grad()
+    try:
+        with experts_of_known_shape(twin):  # others know no float64
+            backward_all(twin, [_copy(batch) for batch in batches])
+    except RuntimeError:
+        return float("inf")
+    largest = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+    worst = 0.0
+    for name, parameter in twin.named_parameters():
+        if name in gradients and parameter.grad is not None and parameter.numel():
+            scale = max(float(parameter.grad.abs().max()), _SMALL * largest)
+            worst = max(worst, float((gradients[name] - parameter.grad).abs().max()) / scale if scale else 0.0)
+    return worst
 
 
 def _copy(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -40,7 +40,13 @@ def data_parallel(model: nn.Module, mesh: Mesh) -> nn.Module:
         # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
-            model, device_ids=device_ids, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+            model,
+            device_ids=device_ids,
+            process_group=group,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # as experts that get no token of this rank's batch
+            find_unused_parameters=getattr(model, "depends_on_values", False),
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meshloom.parallel.answers import Answers
 from meshloom.parallel.fake import run_fake
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.vocab import CutVocabulary, Part
@@ -33,7 +34,9 @@ class Vocabulary:
     gathered_for: tuple[str, ...] = ()  # functions of the forward that get the logits whole
 
 
-def find_vocabulary(model: nn.Module, example: Mapping[str, Tensor], taken: Collection[str]) -> Vocabulary | None:
+def find_vocabulary(
+    model: nn.Module, example: Mapping[str, Tensor], taken: Collection[str], answers: Answers | None = None
+) -> Vocabulary | None:
     """The vocabulary of `model`, None if it has none; layers of `taken` are cut in another way already.
 
     `example` is a batch that the forward accepts; labels in it show how the loss uses the logits.
@@ -54,7 +57,7 @@ def find_vocabulary(model: nn.Module, example: Mapping[str, Tensor], taken: Coll
         why = _trouble(module, model, [*embeddings, *heads])
         if why or paths[id(module)] in taken:
             kept[paths[id(module)]] = why or "it is cut with other layers"
-    told, gathered_for = _follow(model, example, embeddings, heads, paths)
+    told, gathered_for = _follow(model, example, embeddings, heads, paths, answers)
     kept = {**told, **kept}
     tied = head is not None and any(module.weight is head.weight for module in embeddings)
     if tied and kept:  # what shares its rows stays whole together
@@ -107,6 +110,7 @@ def _follow(
     embeddings: list[Any],
     heads: list[Any],
     paths: Mapping[int, str],
+    answers: Answers | None,
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """What a forward says against cutting the layers, by path; and which functions get the logits whole."""
     watch = _WatchRows({id(module.weight): paths[id(module)] for module in [*embeddings, *heads]})
@@ -118,7 +122,7 @@ def _follow(
         handles.append(module.register_forward_hook(watch.leave))
     was_training = model.training
     try:
-        run_fake(model.eval(), example, watch, told=watch.told)
+        run_fake(model.eval(), example, watch, answers=answers, told=watch.told)
     except RuntimeError as error:
         return {paths[id(module)]: str(error).splitlines()[0] for module in [*embeddings, *heads]}, ()
     finally:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from meshloom.parallel.answers import NEEDS_DATA, Answers, ByItem, CannotFollow, Tell, learn
+from meshloom.parallel.gather import is_gathered
 from meshloom.parallel.linear import Border, CutLinear
 from meshloom.parallel.styles import linear_shape
-
-_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
-
-
-class CannotFollow(RuntimeError):
-    """The forward cannot be run on fake tensors, for the reason that it says."""
 
 
 class Seen(NamedTuple):
@@ -42,28 +37,34 @@ def run_fake(
     model: nn.Module,
     example: Mapping[str, Tensor],
     *modes: TorchDispatchMode,
+    answers: Answers | None = None,
     told: Callable[[Tensor, Tensor], None] | None = None,
     result: Callable[[Any], None] | None = None,
 ) -> None:
     """Run the forward on fake tensors, within `modes`; raises what the forward raises on wrong shapes.
 
-    `told` is called with each parameter and the fake tensor that stands for it, `result` with what the forward returns.
+    Where it asks for values, `answers` tells them; raises CannotFollow if they do not. `told` is called with each
+    parameter and the fake tensor that stands for it, `result` with what the forward returns.
     """
     first = next(model.parameters())
     is_fake = isinstance(first, FakeTensor)
     mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_experts_of_known_shape(model))
+        stack.enter_context(_left_as_it_was(model))
+        stack.enter_context(experts_of_known_shape(model))
+        stack.enter_context(_conversions_in_place(model))
         stack.enter_context(mode)
+        if answers is not None:
+            stack.enter_context(Tell(answers, sys._getframe(), first.device))
+        if answers is not None or model.training:  # each mode costs time at every op
+            stack.enter_context(ByItem())
         state: dict[str, Tensor] = {}
         if not is_fake:
             tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             fakes = {id(tensor): mode.from_tensor(tensor) for tensor in tensors.values()}
             state = {name: fakes[id(tensor)] for name, tensor in tensors.items()}
-        batch = {
-            name: value if isinstance(value, FakeTensor) else mode.from_tensor(value) for name, value in example.items()
-        }
+        batch = {name: _fake_of(value, mode) for name, value in example.items()}
         if told is not None:
             for name, parameter in model.named_parameters():
                 told(parameter, state.get(name, parameter))
@@ -71,10 +72,8 @@ def run_fake(
             stack.enter_context(other)
         try:
             returned = torch.func.functional_call(model, state, args=(), kwargs=batch)
-        except _NEEDS_DATA as error:
-            raise CannotFollow(
-                f"its forward decides by the values of tensors ({str(error).splitlines()[0]})"
-            ) from error
+        except NEEDS_DATA as error:
+            raise CannotFollow(f"its forward decides by the values of tensors ({error})".splitlines()[0]) from error
         if result is not None:
             result(returned)
 
@@ -90,8 +89,83 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+def _fake_of(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    if not isinstance(value, FakeTensor):
+        return mode.from_tensor(value)
+    return value if value.fake_mode is mode else torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def fake_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model whose tensors are fake ones on the same devices: it takes no memory and may be cut."""
+    first = next(model.parameters())
+    mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {}
+    with _disable_current_modes():
+        for module in model.modules():
+            for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+                if isinstance(value, dist.ProcessGroup):  # shared, not copied
+                    memo[id(value)] = value
+                elif isinstance(value, Tensor) and id(value) not in memo:
+                    with mode:
+                        fake = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+                    memo[id(value)] = (
+                        nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+                    )
+        return copy.deepcopy(model, memo)
+
+
+def learn_answers(model: nn.Module, example: Mapping[str, Tensor]) -> Answers:
+    """What a forward on real tensors asks of their values, on the roads that a fake one takes."""
+
+    def run(real: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        with _left_as_it_was(real), experts_of_known_shape(real):
+            real.eval()(**batch)
+
+    return learn(model, example, run)
+
+
 @contextmanager
-def _experts_of_known_shape(model: nn.Module) -> Iterator[None]:
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """After this, modules have the attributes that they had: a forward may keep there what it finds, as a capacity."""
+    held = [
+        attributes
+        for module in model.modules()
+        for attributes in (vars(module), module._parameters, module._buffers, module._modules)
+    ]
+    before: list[dict[str, Any]] = [dict(attributes) for attributes in held]
+    try:
+        yield
+    finally:
+        for attributes, kept in zip(held, before, strict=True):
+            attributes.clear()
+            attributes.update(kept)
+
+
+@contextmanager
+def _conversions_in_place(model: nn.Module) -> Iterator[None]:
+    """Within this, a forward's `module.to(...)` converts fake parameters, which nn.Module would have to swap."""
+
+    def convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in module.children() if recurse else ():
+            convert(child, fn)
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in holders:
+            for name, tensor in held.items():
+                held[name] = tensor if tensor is None else fn(tensor)
+        return module
+
+    modules = [module for module in model.modules() if "_apply" not in vars(module)]
+    for module in modules:
+        vars(module)["_apply"] = partial(convert, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del vars(module)["_apply"]
+
+
+@contextmanager
+def experts_of_known_shape(model: nn.Module) -> Iterator[None]:
     """Within this, experts run as one batched product: on fake tensors nobody knows how many tokens each would get,
     and the grouped product takes no float32 there."""
     name = "_experts_implementation"
@@ -131,7 +205,20 @@ class _Watch(TorchDispatchMode):
         self.inside -= 1
 
 
-def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: Sequence[Seen]) -> str:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this, torch does not print the stack of every op that wrong shapes make fail: that is what is tried."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def trouble_of_part(
+    model: nn.Module, example: Mapping[str, Tensor], expected: Sequence[Seen], answers: Answers | None = None
+) -> str:
     """Where the forward of a cut model does something else than `expected`, in one line; empty if it does the same.
 
     That the forward runs is not enough: a view with -1 would make heads of another rank into tokens of this one.
@@ -139,13 +226,14 @@ def trouble_of_part(model: nn.Module, example: Mapping[str, Tensor], expected: S
     watch = _Watch()
     handles = []
     for module in model.modules():
-        if linear_shape(module) is not None or isinstance(module, (CutLinear, Border)):
+        if linear_shape(module) is not None or isinstance(module, (CutLinear, Border)) or is_gathered(module):
             handles += [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
     was_training = model.training
     try:
-        run_fake(model.eval(), example, watch)
-    except (RuntimeError, ValueError, IndexError) as error:
-        return str(error).splitlines()[0] or type(error).__name__
+        with _quiet():
+            run_fake(model.eval(), example, watch, answers=answers)
+    except Exception as error:  # whatever a forward of other people's raises on shapes that it does not expect
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         model.train(was_training)
         for handle in handles:

@@ -10,7 +10,7 @@ by each of them, and its gradients are summed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from meshloom.errors import PlanError
-from meshloom.parallel.flow import Flow, Output, trace_flow
+from meshloom.parallel.answers import Answers
+from meshloom.parallel.flow import Flow, Output, held, trace_flow
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.schedule import SCHEDULES, Action, play
 from meshloom.plan import Plan
@@ -77,28 +78,30 @@ class Stages:
 class Pipeline(nn.Module):
     """This rank's stages of `model`, which is changed in place; `run` trains them on micro-batches.
 
-    `stages` may have been found before the model's layers were cut, since that changes neither names nor flow. Every
-    rank of the mesh must build it at the same point: it creates process groups.
+    `stages` may have been found before the model's layers were cut, since that changes neither names nor flow. With
+    `answers`, of a forward that decides by values, the shapes at borders may too: each message tells its shape before
+    it. Every rank of the mesh must build it at the same point: it creates process groups.
     """
 
-    def __init__(self, model: nn.Module, *, mesh: Mesh, stages: Stages) -> None:
+    def __init__(self, model: nn.Module, *, mesh: Mesh, stages: Stages, answers: Answers | None = None) -> None:
         super().__init__()
         plan = mesh.plan
         self.mesh, self.index, self.num_ranks = mesh, mesh.index("pp"), plan.pp
         self.num_stages = plan.pp * plan.virtual_stages
+        self.depends_on_values = answers is not None
         self.flow, self.bounds = stages.flow, stages.bounds
         self.crossing = [self.flow.crossing(bound) for bound in self.bounds]
         self._sent = frozenset(output.layer for outputs in self.crossing for output in outputs)
-        self._skeleton = (
-            _skeleton(model, [*mesh.groups.values(), *mesh.parts.values()]),
-        )  # in a tuple: it is no part of this module
+        groups = [*mesh.groups.values(), *mesh.parts.values()]
+        self._skeleton = (_skeleton(model, groups),)  # in a tuple: it is no part of this module
         self._known_shapes: dict[Any, Mapping[Output, Any]] = {}
         self._known_orders: dict[int, list[Action]] = {}
-        self._hollows: list[tuple[nn.Module, str]] = []
+        self._hollows: list[tuple[nn.Module, str]] = []  # modules, and names of their parameters held elsewhere
         self.shared = self._share(model)
         self._install(model)
         self.model = model
-        self._running: tuple[int, Mapping[Output, Tensor], dict[Output, Tensor]] = (0, {}, {})
+        self._running: tuple[int, Mapping[Output, Tensor], dict[Output, Tensor]] | None = None
+        self._called, self._within = 0, False  # calls of layers in the running forward; whether one runs now
 
     # -- which parameters this rank holds
 
@@ -118,6 +121,10 @@ class Pipeline(nn.Module):
                     del module._parameters[name]
                     module.__dict__[name] = _hollow(parameter)
                     self._hollows.append((module, name))
+        for module in model.modules():
+            if next(module.parameters(), None) is None and _hollows_in(module, self._hollows):
+                # it may ask one of its parameters for the device or dtype
+                module.__dict__["parameters"] = partial(_hollow_parameters, module, self._hollows)
         shared = []
         for name, parameter in held.items():
             where = tuple(sorted(holders[name]))
@@ -138,7 +145,9 @@ class Pipeline(nn.Module):
                 used |= {names[id(parameter)] for parameter in model.get_submodule(path).parameters()}
             for name in used:
                 holders[name].add(stage % self.num_ranks)
-        return {name: where or {0} for name, where in holders.items()}
+        # on other values the forward may use what it did not use here
+        unused = set(range(self.num_ranks)) if self.depends_on_values else {0}
+        return {name: where or unused for name, where in holders.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pipeline:
         """Hollow tensors move to other devices and dtypes as parameters do."""
@@ -151,19 +160,33 @@ class Pipeline(nn.Module):
     # -- the forward of one stage
 
     def _install(self, model: nn.Module) -> None:
-        for index, path in enumerate(self.flow.layers):
+        for path in dict.fromkeys((*self.flow.layers, *self.flow.unreached)):
             layer = model.get_submodule(path)
-            layer.forward = partial(self._layer, index, layer.forward)
+            layer.forward = partial(self._layer, path, layer.forward)
 
-    def _layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What layer `index` does in the running stage: its work, or handing on what was received."""
+    def _layer(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the next call of a layer does in the running stage: its work, or handing on what was received."""
+        if self._running is None or self._within:  # a layer that is computed again in backward, or calls another
+            return forward(*args, **kwargs)
         stage, received, made = self._running
+        index, self._called = self._called, self._called + 1
+        expected = self.flow.layers[index] if index < len(self.flow.layers) else "no layer"
+        if path != expected:
+            raise PlanError(
+                f"pipeline parallel: expected {expected} to run next, as on the example, but {path} does; layers must "
+                "run in the same order for every batch"
+            )
         begin, end = self.bounds[stage], self.bounds[stage + 1]
         if not begin <= index < end:
             return self._pass(index, received, args, kwargs)
-        out = forward(*args, **kwargs)
+        self._within = True
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self._within = False
         if index in self._sent:
-            for leaf, value in enumerate(tree_leaves(out)):
+            now = dict(held(args, kwargs)) if self.flow.puts[index] else {}
+            for leaf, value in enumerate(tree_leaves((out, [now[place] for place in self.flow.puts[index]]))):
                 made[Output(index, leaf)] = value
         if index == end - 1 and stage < self.num_stages - 1:
             raise _StageOver
@@ -183,18 +206,25 @@ class Pipeline(nn.Module):
             received.get(Output(index, leaf), hidden if Output(index, leaf) in self.flow.shapes else None)
             for leaf in range(spec.num_leaves)
         ]
-        return tree_unflatten(leaves, spec)
+        for leaf in range(spec.num_leaves):
+            if Output(index, leaf) in received.keys() & self.flow.written:  # autograd lets nobody write into a leaf
+                leaves[leaf] = received[Output(index, leaf)].clone()
+        out, puts = tree_unflatten(leaves, spec)
+        arguments = dict(enumerate(args)) | kwargs
+        for place, value in zip(self.flow.puts[index], puts, strict=True):
+            arguments[place.argument][place.key] = value
+        return out
 
     def forward(self, stage: int, batch: Mapping[str, Tensor], received: Mapping[Output, Tensor]) -> list[Tensor]:
         """What `stage` sends on, or [loss] of the last stage."""
         made: dict[Output, Tensor] = dict(received)
-        self._running = stage, received, made
+        self._running, self._called = (stage, received, made), 0
         try:
             result = self.model(**batch)
         except _StageOver:
             return [made[output] for output in self.crossing[stage + 1]]
         finally:
-            self._running = stage, {}, {}
+            self._running = None
         return [result.loss]
 
     # -- the schedule
@@ -232,7 +262,18 @@ class Pipeline(nn.Module):
             dist.all_reduce(parameter.grad, group=group)
         data_group = self.mesh.groups.get("dp")
         if data_group is not None:
+            if self.depends_on_values:
+                self._fill_gradients(data_group)
             average_gradients([p for p in self.parameters() if p.grad is not None], data_group)
+
+    def _fill_gradients(self, group: dist.ProcessGroup) -> None:
+        """Zeros where another rank's batch used a parameter and this rank's did not, as an expert without tokens."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.mesh.device).int()
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+        for parameter, by_any in zip(parameters, used.tolist(), strict=True):
+            if by_any and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def shapes(self, batch: Mapping[str, Tensor]) -> Mapping[Output, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes of what crosses borders for a batch of these shapes, from a fake forward of the whole model."""
@@ -288,9 +329,11 @@ class _Runner:
         batch = self.micro_batches[mb]
         received: dict[Output, Tensor] = {}
         if stage:
-            shapes = self.pipeline.shapes(batch)
+            shapes = self.pipeline.flow.shapes if self.pipeline.depends_on_values else self.pipeline.shapes(batch)
             for place, output in enumerate(self.pipeline.crossing[stage]):
                 shape, dtype = shapes[output]
+                if self.pipeline.depends_on_values:
+                    shape = self._receive_shape(len(shape), stage - 1, mb, place)
                 tensor = torch.empty(shape, dtype=dtype, device=self.mesh.device)
                 self._receive(tensor, stage - 1, mb, place, self.group)
                 received[output] = tensor.requires_grad_(dtype.is_floating_point)
@@ -300,8 +343,16 @@ class _Runner:
             self.loss = self.loss + made[0].detach()
         else:
             for place, tensor in enumerate(made):
+                if self.pipeline.depends_on_values:
+                    told = torch.tensor(list(tensor.shape), device=self.mesh.device)
+                    self._send(told, stage + 1, mb, place, self.group)
                 self._send(tensor.detach(), stage + 1, mb, place, self.group)
         self.received[stage, mb], self.made[stage, mb] = received, made
+
+    def _receive_shape(self, num_dims: int, stage: int, mb: int, place: int) -> tuple[int, ...]:
+        told = torch.empty(num_dims, dtype=torch.long, device=self.mesh.device)
+        self._receive(told, stage, mb, place, self.group)
+        return tuple(told.tolist())
 
     def _gradients(self, stage: int, mb: int) -> tuple[list[Tensor], list[Tensor | None]]:
         """What the stage made that needs a gradient, and those gradients, from the stage after."""
@@ -391,9 +442,9 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
         torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
 
 
-def find_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> Stages:
+def find_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None = None) -> Stages:
     """The stages of `plan`, balanced; raises PlanError if the model has too few layers, or the schedule cannot be."""
-    flow = trace_flow(model, example)
+    flow = trace_flow(model, example, answers)
     bounds = balance(_costs(model, flow), plan.pp * plan.virtual_stages)
     play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
     return Stages(flow=flow, bounds=tuple(bounds))
@@ -410,6 +461,18 @@ def _costs(model: nn.Module, flow: Flow) -> list[float]:
 def _hollow(parameter: Tensor) -> Tensor:
     """A tensor of the parameter's shape that holds one element."""
     return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+
+
+def _hollows_in(module: nn.Module, hollows: Sequence[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+    inside = set(module.modules())
+    return [(owner, name) for owner, name in hollows if owner in inside]
+
+
+def _hollow_parameters(
+    module: nn.Module, hollows: Sequence[tuple[nn.Module, str]], recurse: bool = True
+) -> Iterator[Tensor]:
+    """What `module.parameters()` gives where all of them are held elsewhere."""
+    return (vars(owner)[name] for owner, name in _hollows_in(module, hollows) if recurse or owner is module)
 
 
 def _skeleton(model: nn.Module, groups: Sequence[dist.ProcessGroup | None]) -> nn.Module:

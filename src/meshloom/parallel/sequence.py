@@ -19,6 +19,7 @@ from meshloom.errors import PlanError
 from meshloom.parallel.discover import Follow, Pair, depart
 from meshloom.parallel.fake import run_fake
 from meshloom.parallel.flow import trace_flow
+from meshloom.parallel.outside import Outside
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import SEQUENCE, Cut, Trail, Whole
 
@@ -35,7 +36,7 @@ class SequenceCut:
     columns: Mapping[str, Literal["itself", "owner", "nobody"]]  # who gathers the column's input
     rows: tuple[str, ...]  # whose sums are scattered
     partial: tuple[str, ...]  # whole parameters that meet a part of the tokens: their gradients must be summed
-    seen: tuple[tuple[str, tuple[int, ...] | None, Cut | None], ...]
+    seen: tuple[tuple[str, tuple[int, ...] | None, Cut | None, str], ...]
 
 
 def sequence_example(example: Mapping[str, Tensor], degree: int) -> dict[str, Tensor]:
@@ -121,7 +122,7 @@ class _Walk:
         was_training = self.model.training
         try:
             self.model.eval()
-            mode = Follow(trail)
+            mode = Follow(trail, Outside((), {}))
             run_fake(self.model, example, mode, told=lambda real, fake: trail.told(names[id(real)], fake))
         finally:
             self.model.train(was_training)

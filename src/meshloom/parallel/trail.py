@@ -32,6 +32,13 @@ class Whole(NamedTuple):
     is_activation: bool
 
 
+class Candidate(NamedTuple):
+    """A dim of a parameter that could be cut."""
+
+    parameter: str
+    dim: int
+
+
 @dataclass(slots=True)
 class Trail:
     """Everything learnt while the forward runs."""
@@ -42,13 +49,24 @@ class Trail:
     num_units: dict[str, int] = field(default_factory=dict)
     own_units: dict[str, int] = field(default_factory=dict)  # before it meets others
     lost: dict[str, str] = field(default_factory=dict)  # source -> why it cannot be cut
+    tied: dict[str, str] = field(default_factory=dict)  # linear layers that share a parameter with something else
     feeds: dict[str, set[str]] = field(default_factory=dict)  # consumer -> sources, in order of execution
     inside: list[str] = field(default_factory=list)  # the linear layers that are running: their own ops are theirs
-    seen: list[tuple[str, tuple[int, ...] | None, Cut | None]] = field(default_factory=list)
+    seen: list[tuple[str, tuple[int, ...] | None, Any, str]] = field(default_factory=list)
     made_of: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> Whole
     uniform: dict[int, Any] = field(default_factory=dict)  # storages of constants that are the same everywhere
     partial: dict[str, set[str]] = field(default_factory=dict)  # parameter -> sources whose cut it meets
     entered: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # gathered, for columns alone
+    candidates: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> Candidate -> dim
+    owned: dict[Candidate, set[str]] = field(default_factory=dict)  # those that are cut with the sources they meet
+    used_whole: set[Candidate] = field(default_factory=set)  # those that some op needs whole
+    blocks: list[str] = field(default_factory=list)  # entries of lists of modules that have run
+    leaf: list[str] = field(default_factory=list)  # the modules without children that are running
+    lost_in: dict[str, str] = field(default_factory=dict)  # source -> the leaf module in which its trail was lost
+    could_gather: frozenset[str] = frozenset()  # leaf modules that lost a trail, and get and give the same features
+    gathering: list[str] = field(default_factory=list)  # those that are running
+    gets_other: set[str] = field(default_factory=set)  # those that get something else at some call
+    gathered: dict[str, set[str]] = field(default_factory=dict)  # leaf module -> sources that it gets gathered
 
     def told(self, name: str, fake: Tensor) -> None:
         """Note the fake tensor that stands for a parameter."""
@@ -91,6 +109,8 @@ class Trail:
     def lose(self, sources: Iterable[str], why: str) -> None:
         """Note why the sources cannot be cut; the first reason stays."""
         for source in sources:
+            if self.leaf and source not in self.lost:
+                self.lost_in[source] = self.leaf[-1]
             self.lost.setdefault(source, why)
 
 
@@ -194,10 +214,12 @@ def _not_over(dim_arg: int) -> Rule:
     def rule(trail: Trail, args: Any, tensors: Any, results: Any) -> list[Cut | None] | None:
         cut, num_dims = trail.cuts[tensors[0]], tensors[0].dim()
         dims = args[dim_arg] if len(args) > dim_arg else None
-        over = [dims] if isinstance(dims, int) else dims
-        if not over or cut.dim in [dim % num_dims for dim in over] or results[0].dim() != num_dims:
+        over = [dim % num_dims for dim in ([dims] if isinstance(dims, int) else dims or [])]
+        if not over or cut.dim in over:
             return None
-        return [cut]
+        kept = results[0].dim() == num_dims
+        place = cut.dim if kept else cut.dim - sum(dim < cut.dim for dim in over)
+        return [Cut(cut.sources, place, cut.num_units)] * len(results)
 
     return rule
 
@@ -256,7 +278,10 @@ RULES: dict[str, Rule] = {
         ),
         _same_place,
     ),
-    **dict.fromkeys(("_softmax", "_log_softmax", "mean", "sum", "_safe_softmax"), _not_over(1)),
+    **dict.fromkeys(
+        ("_softmax", "_log_softmax", "mean", "sum", "_safe_softmax", "logsumexp", "max", "min", "amax", "amin"),
+        _not_over(1),
+    ),
     **dict.fromkeys(
         (
             "_scaled_dot_product_flash_attention_for_cpu",
