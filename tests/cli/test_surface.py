@@ -202,6 +202,12 @@ def test_faults_give_exit_code_1(demo_run: Path, tmp_path: Path, meshloom: Meshl
     assert "dangling-dependency" in result.stdout
 
 
+def test_training_tells_its_result_as_json(meshloom: Meshloom, tmp_path: Path) -> None:
+    result = meshloom(*TRAIN, "--json", "--seq-length", "16", "--out", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["num_steps"] == 1
+
+
 def test_parallelize_explains_and_certifies(meshloom: Meshloom, tmp_path: Path) -> None:
     size = ["--model", "gpt2-tiny", "--plan", "tp2.pp2"]
     result = meshloom("parallelize", *size, "--certify", "--dtype", "float64", "--out", str(tmp_path / "told.json"))

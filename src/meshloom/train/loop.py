@@ -115,7 +115,7 @@ def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | Non
             if around_step is not None
             else lambda step: nullcontext()
         )
-        _repeat(job, Path(folder), model, optimizer, mesh, around, saves, begun, rank_zero_shows and mesh.rank == 0)
+        _repeat(job, Path(folder), model, optimizer, mesh, around, saves, begun, rank_zero_shows)
         saves.wait()
 
 
@@ -140,7 +140,15 @@ def _repeat(
         steps = chain([first], steps)
     stream = enumerate(steps, start=begun.step)
     tokens = per_step * job.seq_length
-    reporter = Reporter(folder, max_steps=job.max_steps, tokens_per_step=tokens, show=show, first_step=begun.step)
+    stores = mesh.rank == 0
+    reporter = Reporter(
+        folder,
+        max_steps=job.max_steps,
+        tokens_per_step=tokens,
+        store=stores,
+        show=stores and show,
+        first_step=begun.step,
+    )
     with reporter:
         for step, micro_batches in islice(stream, max(0, job.max_steps - begun.step)):
             context = around(step)

@@ -14,10 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Reporter:
-    """Shows and stores each step's loss and speed; on ranks other than 0 it does nothing."""
+    """Stores each step's loss and speed, and shows them; rank 0 is the one to do so."""
 
-    def __init__(self, folder: Path, *, max_steps: int, tokens_per_step: int, show: bool, first_step: int = 0) -> None:
-        self._show = show
+    def __init__(
+        self, folder: Path, *, max_steps: int, tokens_per_step: int, store: bool, show: bool, first_step: int = 0
+    ) -> None:
+        self._store, self._show = store, show
         self._max_steps = max_steps
         self._tokens_per_step = tokens_per_step
         self._path = folder / "metrics.jsonl"
@@ -30,11 +32,11 @@ class Reporter:
         self._task: Any = None
 
     def __enter__(self) -> Reporter:
-        if self._show:
+        if self._store:
             before = _lines_before(self._path, self._first_step)
             self._file = self._path.open("w", encoding="utf-8", buffering=1)
             self._file.writelines(before)
-            if self._console.is_terminal:
+            if self._show and self._console.is_terminal:
                 self._progress = Progress(
                     TextColumn("step"),
                     MofNCompleteColumn(),
@@ -90,7 +92,7 @@ class Reporter:
         text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s" + ("  (recorded)" if recorded else "")
         if self._progress is not None:
             self._progress.update(self._task, completed=step + 1, description=text)
-        else:
+        elif self._show:
             self._console.print(f"step {step + 1}/{self._max_steps}  {text}", highlight=False)
 
 
