@@ -40,7 +40,7 @@ def _running(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 3/"):
+            if line.startswith("step 10/"):
                 break
         yield process, _children(process.pid)
     finally:

@@ -164,7 +164,7 @@ def _repeat(
             read += per_step
             done = step + 1
             due = done == job.max_steps or bool(job.save_steps and done % job.save_steps == 0)
-            if done % job.log_steps and not due and not recorded:
+            if done % job.log_steps and step != begun.step and not due and not recorded:
                 continue  # nothing is read from the device, so that it need not wait for us
             told = _agree(result, mesh, stop=mesh.rank == 0 and is_asked_to_stop(folder))
             if not isfinite(told.loss):  # the weights are lost by now; the newest checkpoint is from before
