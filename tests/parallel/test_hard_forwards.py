@@ -73,8 +73,7 @@ def test_a_parameter_of_each_head_is_cut_with_the_heads() -> None:
     found = _checked(toys.Sinks, "tp2")
     assert {candidate.parameter for candidate in found.owned} == {"layers.0.sinks", "layers.1.sinks"}
     assert not found.partial
-    with pytest.raises(PlanError, match="found none"):
-        _checked(toys.PenalisedSinks, "tp2")
+    assert not _checked(toys.PenalisedSinks, "tp2").pairs
     assert "is also used whole" in discover(toys.make(toys.PenalisedSinks), ONE).kept["layers.0.q"]
 
 
@@ -85,8 +84,7 @@ def test_a_tied_head_is_not_cut_by_its_inputs() -> None:
 
 
 def test_a_layer_whose_weight_is_used_past_it_stays_whole() -> None:
-    with pytest.raises(PlanError, match="found none"):
-        _checked(toys.Past, "tp2")
+    assert not _checked(toys.Past, "tp2").pairs
     assert discover(toys.make(toys.Past), ONE).kept["layers.0.down"] == "clamp uses its parameters past its forward"
 
 
