@@ -24,7 +24,7 @@ from meshloom.errors import DataError, ModelError, OfflineError
 
 Objective = Literal["causal", "masked"]
 
-_SPECIAL = {
+SPECIAL = {
     "eos_token": "<|endoftext|>",
     "pad_token": "[PAD]",
     "cls_token": "[CLS]",
@@ -116,8 +116,8 @@ def _byte_tokenizer() -> Any:
     tokenizer = Tokenizer(BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL.values()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL.values()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from meshloom.parallel.linear import Border, ColumnParallelLinear, RowParallelLi
 from meshloom.parallel.sequence import Key, SequenceCut, hidden_argument, tensor_arguments, with_arguments
 
 _functional = torch.ops._c10d_functional
+Move = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -46,56 +47,37 @@ def _divided(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-class _Gather(torch.autograd.Function):
-    """Into a region: gather the tokens. Backward: sum what the ranks' parts of the region send back, keep ours."""
+def _ours(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(…, S, H), which all ranks hold alike -> (…, S/tp, H), this rank's part."""
+    return _divided(x, group).select(-3, group.rank()).contiguous()
+
+
+class _Crossing(torch.autograd.Function):
+    """A crossing by what it does to the tokens on the way in, and to their gradients on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, there: Move, back: Move) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.group), None, None, None
 
 
-class _ReduceScatter(torch.autograd.Function):
-    """Out of a region: sum the ranks' parts, keep our tokens. Backward: gather."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.group), None
+def _cross(x: Tensor, group: dist.ProcessGroup, there: Move, back: Move) -> Tensor:
+    result: Tensor = _Crossing.apply(x, group, there, back)  # type: ignore[no-untyped-call]
+    return result
 
 
-class _Scatter(torch.autograd.Function):
-    """Before the first layer: keep our tokens of what all ranks hold. Backward: gather."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _divided(x, group).select(-3, group.rank()).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.group), None
-
-
-class _GatherCopies(torch.autograd.Function):
-    """After the last layer: gather the tokens, all ranks go on alike. Backward: keep our tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _divided(grads[0], ctx.group).select(-3, ctx.group.rank()).contiguous(), None
+# Into a region: gather the tokens; back, sum what the ranks' parts of the region send, and keep ours.
+_enter = partial(_cross, there=_gather, back=_reduce_scatter)
+# Out of a region: the other way round.
+_leave = partial(_cross, there=_reduce_scatter, back=_gather)
+# Before the first layer: keep our tokens of what all ranks hold; back, gather.
+_scatter = partial(_cross, there=_ours, back=_gather)
+# After the last layer: gather, all ranks go on alike; back, keep our tokens.
+_join = partial(_cross, there=_gather, back=_ours)
 
 
 class Entrance:
@@ -112,7 +94,7 @@ class Entrance:
             known = entered()
             if before() is x and version == x._version and known is not None:
                 return known
-        result: Tensor = _Gather.apply(x, self.group)  # type: ignore[no-untyped-call]
+        result = _enter(x, self.group)
         if not torch.compiler.is_compiling():
             self._last = weakref.ref(x), x._version, weakref.ref(result)
         return result
@@ -139,13 +121,13 @@ def install(model: nn.Module, cut: SequenceCut, group: dist.ProcessGroup) -> Non
         row.leave = partial(reduce_scatter, group=group)
     for path, keys in cut.owners.items():
         owner = model.get_submodule(path)
-        owner.add_module(_ENTRANCE, Border(_Gather, group))
+        owner.add_module(_ENTRANCE, Border(_enter, group))
         owner.register_forward_pre_hook(partial(_gather_arguments, keys), with_kwargs=True)
     for (first, last), outputs in cut.borders.items():
         begin, end = model.get_submodule(first), model.get_submodule(last)
-        begin.add_module(_SCATTER, Border(_Scatter, group))
+        begin.add_module(_SCATTER, Border(_scatter, group))
         begin.register_forward_pre_hook(_scatter_hidden, with_kwargs=True, prepend=True)
-        end.add_module(_GATHER, Border(_GatherCopies, group))
+        end.add_module(_GATHER, Border(_join, group))
         end.register_forward_hook(partial(_gather_outputs, outputs), prepend=True)
 
 
@@ -160,8 +142,7 @@ def border_modules(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Out of a region: a summand (…, S, H) -> this rank's tokens of the sum (…, S/tp, H)."""
-    result: Tensor = _ReduceScatter.apply(x, group)  # type: ignore[no-untyped-call]
-    return result
+    return _leave(x, group)
 
 
 def _gather_arguments(keys: Sequence[Key], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

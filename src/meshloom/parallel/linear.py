@@ -130,7 +130,7 @@ class Border(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x on the other side."""
-        result: Tensor = self.crossing.apply(x, self.group)
+        result: Tensor = self.crossing(x, self.group)
         return result
 
 

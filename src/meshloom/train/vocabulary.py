@@ -16,20 +16,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from meshloom.chakra.file import whole_file
 from meshloom.errors import DataError, FolderError, UsageError
+from meshloom.model.config import SPECIAL  # one set, so that a vocabulary serves causal and masked models
 from meshloom.train.readers import read
 from meshloom.train.sources import Reading, Source, Tally
 
 Kind = Literal["bpe", "unigram"]
 
-# the same as those of the built-in `bytes`, so that the vocabulary serves causal and masked models
-SPECIAL = {
-    "eos_token": "<|endoftext|>",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-    "unk_token": "[UNK]",
-}
 _SPACE = "▁"  # what unigram vocabularies write for a space; in text it comes back as one
 _BYTES = [f"<0x{value:02X}>" for value in range(256)]
 MIN_VOCAB = len(SPECIAL) + len(_BYTES)
