@@ -15,6 +15,7 @@ import click
 from meshloom.chakra.check import check
 from meshloom.chakra.file import read_all
 from meshloom.cli.data import DUMMY, open_stream
+from meshloom.cli.hosts import NAMES, check_restarts, host_options, hosts_of, ranks_per_host, sbatch
 from meshloom.errors import FolderError, MeshloomError, UsageError
 from meshloom.plan import Plan
 from meshloom.train.sources import SAMPLE, Reading, find_sources
@@ -87,6 +88,7 @@ _SHORT = 100  # a run of so many steps is told step by step
     flag_value="",
     help="Go on from a checkpoint or a run's newest one, on any plan; without a value from --out, if it is there.",
 )
+@host_options
 @click.option("--background", is_flag=True, help="Return at once; `meshloom runs` tells how it goes.")
 @click.option("--prepared", is_flag=True, hidden=True, help="The run folder was made by who started this process.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -104,6 +106,11 @@ def command(**options: Any) -> None:
           --resume runs/by-torchrun
     """
     context = click.get_current_context()
+    if options["launcher"] == "slurm":
+        given = given_arguments(context, leave_out=("out", "background", "prepared", *NAMES))
+        told = {name: options[name] for name in ("out", "device", "nnodes")}
+        click.echo(sbatch(given, plan=Plan.parse(options["plan"]), restarts=options["max_restarts"], **told))
+        return
     folder = train(arguments=given_arguments(context, leave_out=("out", "resume", "background", "prepared")), **options)
     if folder is not None and options["background"]:
         click.echo(json.dumps({"run": folder.name, "folder": str(folder)}) if options["as_json"] else folder.name)
@@ -128,12 +135,21 @@ def train(
     as_json: bool = False,
     background: bool = False,
     prepared: bool = False,
+    nnodes: int = 1,
+    node_rank: int = 0,
+    rdzv_endpoint: str | None = None,
+    max_restarts: int = 0,
+    launcher: str = "local",
     arguments: Sequence[str] = (),
     **options: Any,
 ) -> Path | None:
     """Train as the command does and return the run folder; None on ranks of a torchrun other than 0."""
     cut = Plan.parse(plan)
     _check_saving(options)
+    check_restarts({**options, "max_restarts": max_restarts})
+    hosts = hosts_of(
+        cut, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint, out=out, background=background
+    )
 
     from meshloom.parallel.launch import world_from_environment
     from meshloom.train.runs import write_facts
@@ -147,9 +163,9 @@ def train(
     begun = resumed.step if resumed else 0
     first_traced = _first_traced(trace_step, trace_active, options["max_steps"], begun)
     checkpoint = str(resumed.checkpoint) if resumed and resumed.checkpoint else None
-    is_first = world is None or world[0] == 0
+    is_first = node_rank == 0 if world is None else world[0] == 0
     options |= {} if options.get("data") else _dummy(options)
-    free = _free_memory() if world is None and device != "cuda" else None
+    free = nnodes * _free_memory() if world is None and device != "cuda" else None
     save: dict[str, Any] = {"save_initial": not no_save_initial, "resume": checkpoint}
     job, num_parameters = _job(model=model, plan=cut, free=free, show=is_first, quiet=as_json, **save, **options)
     makes = is_first and not prepared
@@ -171,20 +187,22 @@ def train(
             return folder
         if not as_json:
             _announce(job, model, num_parameters, folder)
-    _run(job, folder, device, around, show=not as_json, alone=world is None, is_first=is_first)
+    start = {"num_ranks": ranks_per_host(cut, nnodes), "hosts": hosts, "max_restarts": max_restarts}
+    _run(job, folder, device, around, show=not as_json, start=start if world is None else None, is_first=is_first)
     return folder if is_first else None
 
 
-def _run(job: Any, folder: Path, device: str, around: Any, *, show: bool, alone: bool, is_first: bool) -> None:
+def _run(job: Any, folder: Path, device: str, around: Any, *, show: bool, start: Any, is_first: bool) -> None:
     """Train on all ranks, which are started here unless this process is one of them, and note how it ended."""
     from meshloom.parallel.launch import run_ranks
+    from meshloom.train.again import saved_before, train_again
     from meshloom.train.loop import train_rank
     from meshloom.train.runs import is_asked_to_stop, set_state
 
     arguments = (job, str(folder), device, around, show)
     try:
-        if alone:
-            run_ranks(train_rank, *arguments, num_ranks=job.plan.world_size, log_dir=folder / "logs")
+        if start is not None:
+            run_ranks(train_again, saved_before(folder), *arguments, log_dir=folder / "logs", **start)
         else:
             train_rank(*arguments)
     except (MeshloomError, KeyboardInterrupt) as error:
@@ -348,12 +366,12 @@ def _recorder(folder: Path, plan: Plan, recording: dict[str, Any]) -> Any:
     return make
 
 
-def _free_memory() -> int | None:
-    """Bytes that the host has free; None where the system does not tell."""
+def _free_memory() -> int:
+    """Bytes that the host has free; more than there can be where the system does not tell."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return None
+        return 1 << 62
 
 
 def outcome(folder: Path) -> dict[str, Any]:
