@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -191,17 +191,27 @@ def rank_context(device: str = "auto") -> Iterator[torch.device]:
         elif _HOSTS in os.environ:
             # a port that is new in each round of the agents, so that a round meets none of what the last one left
             round_ = f"round {os.environ['MASTER_PORT']}"
-            store = PrefixStore(round_, Hosts(**json.loads(os.environ[_HOSTS])).connect())
-            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+            _init(backend, PrefixStore(round_, Hosts(**json.loads(os.environ[_HOSTS])).connect()))
         elif world_from_environment() is None:
             # a single process that nobody launched is a world of one
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and restart_count():
+            # torchrun keeps the store of the ranks that it starts again, with the addresses of those that died in it
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            kept = TCPStore(address, port, is_master=False)
+            store = PrefixStore(f"restart {restart_count()}", kept)
+            _init(backend, store)
         else:
             dist.init_process_group(backend)
         stack.enter_context(_closed_in_the_end(use_cuda))
         yield chosen
         dist.barrier()
+
+
+def _init(backend: str, store: Store) -> None:
+    """Make the world of the ranks that an agent has numbered, by a store of their own."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 @contextmanager
