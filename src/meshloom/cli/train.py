@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ import click
 from meshloom.chakra.check import check
 from meshloom.chakra.file import read_all
 from meshloom.cli.data import DUMMY, open_stream
+from meshloom.cli.training import Asked, complete, length, take, training_options
 from meshloom.errors import FolderError, MeshloomError, UsageError
 from meshloom.plan import Plan
 from meshloom.train.sources import SAMPLE, Reading, find_sources
-
-_SHORT = 100  # a run of so many steps is told step by step
 
 
 @click.command()
@@ -42,7 +42,7 @@ _SHORT = 100  # a run of so many steps is told step by step
 @click.option("--cache-dir", help="Where tokenised data is kept.  [default: MESHLOOM_CACHE_DIR, or ~/.cache/meshloom]")
 @click.option("--tokenizer", help="A tokenizer folder, a hub id, or 'bytes'.  [default: that of --model]")
 @click.option("--plan", default="dp1", show_default=True, help="How the work is cut, such as dp2 or tp2.dp2.")
-@click.option("--max-steps", default=10, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
+@training_options
 @click.option("--batch-size", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")
 @click.option(
     "--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1), help="Micro-batches a step."
@@ -53,7 +53,7 @@ _SHORT = 100  # a run of so many steps is told step by step
 @click.option("--lr-schedule", default="constant", show_default=True,
               type=click.Choice(["constant", "linear", "cosine", "wsd"]), help="What follows the warmup.")  # fmt: skip
 @click.option("--warmup-steps", default=0, show_default=True, type=click.IntRange(0), help="Steps to the full rate.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]),
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]),
               help="What the forward computes in; weights and optimizer stay fp32.")  # fmt: skip
 @click.option("--recompute", default="none", show_default=True, type=click.Choice(["none", "selective", "full"]),
               help="What backward computes again instead of keeping it.")  # fmt: skip
@@ -98,6 +98,8 @@ def command(**options: Any) -> None:
     \b
     Examples:
       meshloom train --model gpt2-tiny --tokenizer bytes --data sample --plan dp2 --max-steps 20 --trace
+      meshloom train --model gpt2-tiny --tokenizer bytes --data sample --train --epochs 3 --eval-fraction 0.1 \\
+          --eval-steps 20
       torchrun --nproc-per-node 2 --no-python meshloom train --model gpt2-tiny --tokenizer bytes \\
           --data sample --plan dp2 --out runs/by-torchrun
       meshloom train --model gpt2-tiny --tokenizer bytes --data sample --plan tp2 --max-steps 40 --save-steps 10 \\
@@ -134,6 +136,7 @@ def train(
     """Train as the command does and return the run folder; None on ranks of a torchrun other than 0."""
     cut = Plan.parse(plan)
     _check_saving(options)
+    asked = take(options)
 
     from meshloom.parallel.launch import world_from_environment
     from meshloom.train.runs import write_facts
@@ -143,15 +146,17 @@ def train(
         cut.with_world_size(world[1])
         if out is None:
             raise UsageError("expected --out where each rank is started by itself, so that all write to one folder")
-    resumed = _resumed(resume, out, options["max_steps"])
-    begun = resumed.step if resumed else 0
-    first_traced = _first_traced(trace_step, trace_active, options["max_steps"], begun)
+    resumed = _resumed(resume, out)
+    if options["max_steps"] is not None:  # as early as can be
+        _first_traced(trace_step, trace_active, options["max_steps"], resumed)
     checkpoint = str(resumed.checkpoint) if resumed and resumed.checkpoint else None
     is_first = world is None or world[0] == 0
     options |= {} if options.get("data") else _dummy(options)
     free = _free_memory() if world is None and device != "cuda" else None
     save: dict[str, Any] = {"save_initial": not no_save_initial, "resume": checkpoint}
-    job, num_parameters = _job(model=model, plan=cut, free=free, show=is_first, quiet=as_json, **save, **options)
+    show: dict[str, Any] = {"show": is_first, "quiet": as_json}
+    job, num_parameters = _job(model=model, plan=cut, asked=asked, free=free, **show, **save, **options)
+    first_traced = _first_traced(trace_step, trace_active, job.max_steps, resumed)
     makes = is_first and not prepared
     folder = _folder(out, model, cut, resumed) if makes else Path(str(out))
     recording = {
@@ -163,7 +168,14 @@ def train(
     }
     around = _recorder(folder, cut, recording) if trace else None
     if is_first:
-        command = {"model": model, "plan": plan, "trace": trace, "resume": checkpoint, **options}
+        command = {
+            "model": model,
+            "plan": plan,
+            "trace": trace,
+            "resume": checkpoint,
+            **options,
+            "max_steps": job.max_steps,
+        }
         state = "starting" if background else "running"
         write_facts(folder, config=job.config, plan=job.plan, command=command, arguments=arguments, state=state)
         if background:
@@ -171,6 +183,8 @@ def train(
             return folder
         if not as_json:
             _announce(job, model, num_parameters, folder)
+            for line in length(job, asked):
+                click.echo(line)
     _run(job, folder, device, around, show=not as_json, alone=world is None, is_first=is_first)
     return folder if is_first else None
 
@@ -227,7 +241,7 @@ def _check_saving(options: dict[str, Any]) -> None:
         raise UsageError(f"--keep-last {options['keep_last']}: expected --save-steps too, or nothing is saved")
 
 
-def _resumed(resume: str | None, out: str | None, max_steps: int) -> Any:
+def _resumed(resume: str | None, out: str | None) -> Any:
     """Where the run goes on, None if it begins; what is wrong with newer checkpoints is told."""
     if resume is None:
         return None
@@ -236,10 +250,6 @@ def _resumed(resume: str | None, out: str | None, max_steps: int) -> Any:
     resumed = find_resumed(resume, out)
     for trouble in resumed.troubles:
         click.echo(f"meshloom: warning: {trouble}; going on from an older one", err=True)
-    if resumed.step >= max_steps:
-        raise UsageError(
-            f"--max-steps {max_steps}: expected more than the {resumed.step} steps of {resumed.checkpoint}"
-        )
     return resumed
 
 
@@ -261,8 +271,11 @@ def _announce(job: Any, model: str, num_parameters: int, folder: Path) -> None:
     )
 
 
-def _first_traced(step: int | None, active: int, max_steps: int, begun: int) -> int:
+def _first_traced(step: int | None, active: int, max_steps: int, resumed: Any) -> int:
     """The first of the steps to record, counted from 1; raises UsageError if they are not all among those to do."""
+    begun = resumed.step if resumed else 0
+    if begun >= max_steps:
+        raise UsageError(f"--max-steps {max_steps}: expected more than the {begun} steps of {resumed.checkpoint}")
     if step is not None and step > max_steps:
         raise UsageError(f"--trace-step {step}: expected at most --max-steps, which is {max_steps}")
     if step is not None and step <= begun:
@@ -285,6 +298,7 @@ def _job(
     *,
     model: str,
     plan: Plan,
+    asked: Asked,
     free: int | None,
     show: bool,
     quiet: bool,
@@ -300,17 +314,19 @@ def _job(
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
     recompute: Any = "none",
-    log_steps: int | None = None,
+    max_steps: int | None = None,
     **numbers: Any,
 ) -> tuple[Any, int]:
     """What is trained, and how many parameters it has; found, checked and tokenised before any process is started."""
-    from meshloom.model.config import load_config, load_tokenizer, objective_of
+    from meshloom.model.config import choose_attention, load_config, load_tokenizer, objective_of
     from meshloom.model.pretrained import find_weights
     from meshloom.train.data import check_tokenizer
-    from meshloom.train.loop import Job, check_job
+    from meshloom.train.job import Job, check_job
 
     sources = find_sources(data)
     config = load_config(model)
+    if asked.attention:
+        choose_attention(config, asked.attention)
     weights = None if from_scratch or numbers.get("resume") else find_weights(model)
     job = Job(
         weights=None if weights is None else str(weights),
@@ -324,7 +340,7 @@ def _job(
             virtual_stages=virtual_stages,
             recompute=recompute,
         ),
-        log_steps=log_steps or (1 if numbers["max_steps"] <= _SHORT else 10),
+        max_steps=max_steps or 1,
         **numbers,
     )
     check_tokenizer(job.tokenizer, config, job.objective)
@@ -332,8 +348,8 @@ def _job(
     if dummy and show:
         click.echo(DUMMY, err=True)
     reading = Reading(text_field=text_field, skip_bad_lines=skip_bad_lines)
-    stream = open_stream(sources, job, reading=reading, cache_dir=cache_dir, show=show, quiet=quiet)
-    return replace(job, stream=stream), num_parameters
+    opened = partial(open_stream, job=job, reading=reading, cache_dir=cache_dir, show=show, quiet=quiet)
+    return complete(replace(job, stream=opened(sources)), asked, partial(opened, what="eval data")), num_parameters
 
 
 def _recorder(folder: Path, plan: Plan, recording: dict[str, Any]) -> Any:
@@ -365,12 +381,15 @@ def outcome(folder: Path) -> dict[str, Any]:
         raise FolderError(f"{path}: expected one line a step, got '{error.strerror}'") from error
     files = sorted((folder / "trace").rglob("*.et"))
     faults = [str(fault) for where in sorted({file.parent for file in files}) for fault in check(read_all(where))]
+    evaluated = [step["eval_loss"] for step in steps if step.get("eval_loss") is not None]
     plain = sorted(step["tokens_per_second"] for step in steps if not step["recorded"])
     return {
         "folder": str(folder),
         "num_steps": len(steps),
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
+        "last_eval_loss": evaluated[-1] if evaluated else None,
+        "best_eval_loss": min(evaluated) if evaluated else None,
         "median_tokens_per_second": plain[len(plain) // 2] if plain else None,
         "traces": [str(file) for file in files],
         "faults": faults,
@@ -379,7 +398,10 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def _sentence(result: dict[str, Any]) -> str:
     speed = result["median_tokens_per_second"]
-    text = f"{result['num_steps']} steps, loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
+    first, last = ("nan" if result[name] is None else f"{result[name]:.4f}" for name in ("first_loss", "last_loss"))
+    text = f"{result['num_steps']} steps, loss {first} -> {last}"
+    if result["last_eval_loss"] is not None:
+        text += f", eval loss {result['last_eval_loss']:.4f} (best {result['best_eval_loss']:.4f})"
     text += f", {speed:,.0f} tokens/s (median)" if speed else ""
     traces = result["traces"]
     if not traces:
