@@ -37,7 +37,7 @@ def test_the_korean_english_models(name: str, about: float) -> None:
     config = load_config(name)
     assert config.model_type == "llama"
     assert 1 < config.num_key_value_heads < config.num_attention_heads
-    with pytest.raises(DataError, match="koen-sllm.* has no tokenizer of its own: expected --tokenizer"):
+    with pytest.raises(DataError, match=r"koen-sllm.* has no tokenizer of its own: expected --tokenizer"):
         load_tokenizer(name)
 
 

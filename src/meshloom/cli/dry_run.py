@@ -7,41 +7,44 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshloom.cli.estimate import estimate, lines_of, this_host
+from meshloom.cli.hosts import Start
 from meshloom.errors import MeshloomError
-from meshloom.train.sources import Source
 
 
-def commands(arguments: Sequence[str], *, out: str | None, nnodes: int, endpoint: str | None) -> list[str]:
+def commands(arguments: Sequence[str], start: Start, out: str | None) -> list[str]:
     """The command of each host, as it would be typed there; `arguments` are without those of hosts."""
-    words = ["meshloom", "train", *arguments, *(["--out", out] if out else [])]
-    if nnodes == 1:
+    again = ["--max-restarts", str(start.max_restarts)] * bool(start.max_restarts)
+    words = ["meshloom", "train", *arguments, *again, *(["--out", out] if out else [])]
+    if start.hosts is None:
         return [shlex.join(words)]
-    where = ["--nnodes", str(nnodes), "--rdzv-endpoint", str(endpoint)]
-    return [shlex.join([*words, *where, "--node-rank", str(rank)]) for rank in range(nnodes)]
+    where = ["--nnodes", str(start.num_hosts), "--rdzv-endpoint", start.hosts.endpoint]
+    return [shlex.join([*words, *where, "--node-rank", str(rank)]) for rank in range(start.num_hosts)]
 
 
 def describe(
-    job: Any, model: str, num_parameters: int, sources: Sequence[Source], *, device: str, nnodes: int
+    job: Any, model: str, num_parameters: int, data: Sequence[str], device: str, start: Start, epochs: float | None
 ) -> dict[str, Any]:
-    """Sizes, memory and step time of a run, as JSON takes them; `estimate_error` where they cannot be told."""
-    plan = job.plan
-    sequences = plan.dp * plan.num_micro_batches * job.batch_size
+    """Sizes, memory and step time of a run, as JSON takes them; `estimate_error` where they cannot be told.
+
+    The steps of `epochs` are not known before the data is tokenised: None.
+    """
     told: dict[str, Any] = {
         "model": model,
         "num_parameters": num_parameters,
-        "plan": str(plan),
-        "num_ranks": plan.world_size,
-        "num_hosts": nnodes,
-        "global_batch": sequences,
-        "tokens_per_step": sequences * job.seq_length,
-        "max_steps": job.max_steps,
-        "data": [source.name for source in sources],
+        "plan": str(job.plan),
+        "num_ranks": job.plan.world_size,
+        "num_hosts": start.num_hosts,
+        "global_batch": job.sequences_per_step,
+        "tokens_per_step": job.tokens_per_step,
+        "max_steps": None if epochs else job.max_steps,
+        "epochs": epochs,
+        "data": list(data),
         "weights": job.resume or job.weights or "random",
     }
     try:
-        cluster = this_host(device, plan.world_size // nnodes, nnodes)
+        cluster = this_host(device, start.num_ranks, start.num_hosts)
         told["estimate"] = estimate(
-            job.config, model, plan, cluster, batch_size=job.batch_size, seq_length=job.seq_length,
+            job.config, model, job.plan, cluster, batch_size=job.batch_size, seq_length=job.seq_length,
             precision=job.precision,
         )  # fmt: skip
     except MeshloomError as error:
@@ -52,6 +55,8 @@ def describe(
 def in_words(told: dict[str, Any]) -> str:
     """The same for people."""
     ranks, hosts = told["num_ranks"], told["num_hosts"]
+    steps = told["max_steps"]
+    how_long = f"{steps:,} steps" if steps else f"{told['epochs']:g} epochs"
     where = f"{ranks} rank{'s' * (ranks > 1)}" + (f" on {hosts} hosts" if hosts > 1 else "")
     lines = [
         "a dry run: nothing is started, nothing is written",
@@ -59,11 +64,12 @@ def in_words(told: dict[str, Any]) -> str:
         f"{told['model']}: {told['num_parameters']:,} parameters, plan {told['plan']} on {where}, weights: "
         f"{told['weights']}",
         f"data: {', '.join(told['data'])}",
-        f"{told['max_steps']:,} steps of {told['global_batch']:,} sequences, {told['tokens_per_step']:,} tokens: "
-        f"{told['max_steps'] * told['tokens_per_step']:,} tokens in all",
+        f"{how_long} of {told['global_batch']:,} sequences a step, {told['tokens_per_step']:,} tokens"
+        + (f": {steps * told['tokens_per_step']:,} tokens in all" if steps else ""),
     ]
     if "estimate" not in told:
         return "\n".join([*lines, f"no estimate of memory and time: {told['estimate_error']}"])
-    seconds = told["max_steps"] * told["estimate"]["step_s"]
     lines += lines_of(told["estimate"])
-    return "\n".join([*lines, f"all steps: about {seconds:,.1f} s, without start, data and saving"])
+    if steps:
+        lines.append(f"all steps: about {steps * told['estimate']['step_s']:,.1f} s, without start, data and saving")
+    return "\n".join(lines)

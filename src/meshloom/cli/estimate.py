@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+import psutil
 
 from meshloom.errors import ModelError
 from meshloom.hardware.cluster import Cluster, Network
@@ -56,39 +59,54 @@ def spec_of(device_name: str) -> str | None:
     return next((spec for words, spec in _KNOWN if words in name), None)
 
 
-def this_host(device: str, num_ranks: int) -> Cluster:
-    """This host as a cluster of `num_ranks` devices: its GPUs by their data sheets, else the CPU's.
+def this_host(device: str, num_ranks: int, num_hosts: int = 1) -> Cluster:
+    """`num_hosts` hosts such as this one, of `num_ranks` devices: GPUs by their data sheets, else the CPU's.
 
-    Links are those of the device's sheet if it gives any; raises HardwareError if there is no sheet for the GPU.
+    Raises HardwareError if there is no sheet for the GPU.
     """
     import torch
 
-    spec: str | None = "cpu"
+    spec = "cpu"
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         spec = spec_of(torch.cuda.get_device_name()) or torch.cuda.get_device_name()
     sheet: Device = load_device(spec)
     if spec == "cpu":  # the ranks of a host share its processor
+        share = min(1.0, (os.cpu_count() or 1) / sheet.num_multiprocessors) / num_ranks
         sheet = replace(
             sheet,
-            flops_per_second={kind: speed / num_ranks for kind, speed in sheet.flops_per_second.items()},
-            memory_bytes_per_second=sheet.memory_bytes_per_second / num_ranks,
-            memory_bytes=sheet.memory_bytes // num_ranks,
+            flops_per_second={kind: speed * share for kind, speed in sheet.flops_per_second.items()},
+            memory_bytes_per_second=sheet.memory_bytes_per_second * share,
+            memory_bytes=psutil.virtual_memory().available // num_ranks,
         )
-    link = Network(
-        name="inside this host", bytes_per_second=10e9 if spec == "cpu" else 100e9, latency_ns=5000,
-        collectives=sheet.collectives,
-    )  # fmt: skip
+    return _cluster(sheet, num_ranks, num_hosts)
+
+
+def cluster_of(spec: str, num_devices: int) -> Cluster:
+    """One host of `num_devices` of a device file; raises HardwareError."""
+    return _cluster(load_device(spec), num_devices, 1)
+
+
+def _cluster(sheet: Device, num_devices: int, num_hosts: int) -> Cluster:
+    """Links are those that were measured on the device; what its file leaves out is an order of magnitude."""
+    link = Network(name="inside this host", bytes_per_second=10e9, latency_ns=5000, collectives=sheet.collectives)
     return Cluster(
-        name=f"this host ({sheet.name})", device=sheet, num_hosts=1, devices_per_host=num_ranks, inside_host=link,
-        between_hosts=link,
+        name=f"this host ({sheet.name})", device=sheet, num_hosts=num_hosts, devices_per_host=num_devices,
+        inside_host=link, between_hosts=link,
     )  # fmt: skip
 
 
 def estimate(
-    config: Any, model: str, plan: Plan, cluster: Cluster, *, batch_size: int, seq_length: int, precision: str,
+    config: Any,
+    model: str,
+    plan: Plan,
+    cluster: Cluster,
+    *,
+    batch_size: int,
+    seq_length: int,
+    precision: str,
     stack: str | None = None,
 ) -> dict[str, Any]:
-    """Step time and memory of the fullest rank, as JSON takes them; raises ModelError, PlanError, HardwareError."""  # fmt: skip
+    """Step time and memory of the fullest rank, as JSON takes them; raises ModelError, PlanError, HardwareError."""
     shape, _ = shape_of_config(config, model)
     software = STACKS[stack] if stack else _OURS
     job = Job(
@@ -134,6 +152,3 @@ def lines_of(told: Mapping[str, Any]) -> list[str]:
         f"MFU {told['mfu']:.1%}, limited by {told['limit']}",
         *(f"outside the calibrated range: {warning}" for warning in told["warnings"]),
     ]
-
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,22 @@ from meshloom.plan import Plan
 
 if TYPE_CHECKING:
     from meshloom.parallel.hosts import Hosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """How the ranks of this host are started: how many, as which of several hosts, how often again."""
+
+    num_ranks: int
+    num_hosts: int = 1
+    hosts: Hosts | None = None
+    max_restarts: int = 0
+
+    @property
+    def host_rank(self) -> int:
+        """Which host this is."""
+        return self.hosts.host_rank if self.hosts else 0
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NAMES = ("nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "launcher")
@@ -36,27 +53,30 @@ def host_options(function: Command) -> Command:
     return function
 
 
-def hosts_of(
-    plan: Plan, *, nnodes: int, node_rank: int, rdzv_endpoint: str | None, out: str | None, background: bool
-) -> Hosts | None:
-    """Which of the hosts this is, None if there is but one; raises UsageError, PlanError."""
+def take_hosts(options: dict[str, Any], plan: Plan, *, out: str | None, background: bool) -> Start:
+    """Take what is ours from `options`; raises UsageError, PlanError."""
+    given = {name: options.pop(name, None) for name in NAMES}
+    nnodes, rank, restarts = given["nnodes"] or 1, given["node_rank"] or 0, given["max_restarts"] or 0
+    endpoint = given["rdzv_endpoint"]
+    if restarts and not options.get("save_steps"):
+        raise UsageError(f"--max-restarts {restarts}: expected --save-steps too, or each restart begins anew")
     if nnodes == 1:
-        if node_rank or rdzv_endpoint:
+        if rank or endpoint:
             raise UsageError("--node-rank and --rdzv-endpoint: expected --nnodes with them, of at least 2")
-        return None
+        return Start(num_ranks=plan.world_size, max_restarts=restarts)
     from meshloom.parallel.hosts import Hosts, parse_endpoint
 
-    if rdzv_endpoint is None:
+    if endpoint is None:
         raise UsageError(f"--nnodes {nnodes}: expected --rdzv-endpoint HOST:PORT of host 0, the same on all hosts")
-    if node_rank >= nnodes:
-        raise UsageError(f"--node-rank {node_rank}: expected one from 0 to {nnodes - 1}")
+    if rank >= nnodes:
+        raise UsageError(f"--node-rank {rank}: expected one from 0 to {nnodes - 1}")
     if out is None:
         raise UsageError(f"--nnodes {nnodes}: expected --out, a folder that all hosts see")
-    if background and node_rank:
+    if background and rank:
         raise UsageError("--background: expected it on host 0 only; on the others use the launcher of your cluster")
-    ranks_per_host(plan, nnodes)
-    address, port = parse_endpoint(rdzv_endpoint)
-    return Hosts(num_hosts=nnodes, host_rank=node_rank, address=address, port=port)
+    address, port = parse_endpoint(endpoint)
+    hosts = Hosts(num_hosts=nnodes, host_rank=rank, address=address, port=port)
+    return Start(num_ranks=ranks_per_host(plan, nnodes), num_hosts=nnodes, hosts=hosts, max_restarts=restarts)
 
 
 def ranks_per_host(plan: Plan, nnodes: int) -> int:
@@ -65,14 +85,6 @@ def ranks_per_host(plan: Plan, nnodes: int) -> int:
     if rest:
         raise PlanError(f"plan {plan}: expected a multiple of {nnodes} ranks for as many hosts, got {plan.world_size}")
     return ranks
-
-
-def check_restarts(options: dict[str, Any]) -> None:
-    """Raise UsageError where a restart would begin anew."""
-    if options.get("max_restarts") and not options.get("save_steps"):
-        raise UsageError(
-            f"--max-restarts {options['max_restarts']}: expected --save-steps too, or each restart begins anew"
-        )
 
 
 def sbatch(arguments: Sequence[str], *, plan: Plan, nnodes: int, out: str | None, device: str, restarts: int) -> str:

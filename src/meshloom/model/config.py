@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from meshloom.errors import DataError, ModelError, OfflineError
+from meshloom.errors import DataError, ModelError, OfflineError, UsageError
 from meshloom.model.preset import expected_model, preset_config, preset_tokenizer
 
 Objective = Literal["causal", "masked"]
+Attention = Literal["sdpa", "eager", "flash"]
 
 SPECIAL = {
     "eos_token": "<|endoftext|>",
@@ -87,6 +89,20 @@ def objective_of(config: Any) -> Objective:
     if causal:
         return "causal"
     raise ModelError(f"model type {config.model_type!r}: expected a causal or masked language model")
+
+
+def choose_attention(config: Any, attention: Attention) -> None:
+    """Let models built from `config` compute attention so; raises UsageError where that cannot be here.
+
+    sdpa is torch's own, which takes flash kernels where a GPU has them; eager is plain products; flash is the package
+    flash-attn, which also handles padding without computing on it.
+    """
+    if attention == "flash" and find_spec("flash_attn") is None:
+        raise UsageError(
+            "--attention flash: expected the package flash-attn (and an NVIDIA GPU), which is not here; "
+            "sdpa takes torch's own flash kernels where there are any"
+        )
+    config._attn_implementation = {"flash": "flash_attention_2"}.get(attention, attention)
 
 
 def load_tokenizer(tokenizer: str) -> Any:

@@ -15,6 +15,7 @@ from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.borders import border_modules
 from meshloom.parallel.borders import install as install_sequence
+from meshloom.parallel.compiled import compile_layers
 from meshloom.parallel.discover import Discovery, discover
 from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
@@ -108,10 +109,18 @@ def _sequence(model: nn.Module, found: Discovery, example: Mapping[str, Tensor],
     return cut_sequence(model, sequence_example(example, plan.tp), found.pairs)
 
 
-def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[str, Tensor] | None = None) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    *,
+    plan: Plan,
+    mesh: Mesh,
+    example: Mapping[str, Tensor] | None = None,
+    compiled: bool = False,
+) -> nn.Module:
     """Cut `model` in place for this rank of `mesh` and return it; raises PlanError if the plan cannot be taken.
 
-    `example` is a batch of one sequence that the forward accepts; by default eight token ids.
+    `example` is a batch of one sequence that the forward accepts; by default eight token ids. `compiled` layers go
+    through torch.compile, each by itself.
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
@@ -128,7 +137,10 @@ def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[st
         _cut_vocabulary(model, found.vocabulary, mesh)
     if found.pairs and has_dropout(model):
         _draw_apart(model, found, mesh)
-    recompute(model, find_layers(model), plan.recompute)
+    layers = find_layers(model)
+    recompute(model, layers, plan.recompute)
+    if compiled:  # after recompute, which the compiler so sees
+        compile_layers(model, layers)
     if stages is None:
         model.depends_on_values = found.answers is not None  # type: ignore[assignment]
         return model

@@ -126,9 +126,8 @@ def _served(hosts: Hosts) -> Iterator[None]:
     if hosts.host_rank:
         yield
         return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(hosts.port, theirs, ours), daemon=True)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=(hosts.port, theirs, ours), daemon=True)
     process.start()
     theirs.close()
     try:

@@ -1,8 +1,9 @@
 """Start the ranks of a run, and say what happened when one of them dies. The only place that reads the environment.
 
 The ranks of a host are forked by torchrun's elastic agent after one import, so that eight are ready in the time of
-one; agents of several hosts meet by a store on a port of host 0, and start all ranks again if one dies. Under `torchrun` (or any launcher that sets RANK and WORLD_SIZE) the calling process is a rank already; so it is
-within `launched`, one rank started by hand.
+one; agents of several hosts meet by a store on a port of host 0, and start all ranks again if one dies. Under
+`torchrun` (or any launcher that sets RANK and WORLD_SIZE) the calling process is a rank already; so it is within
+`launched`, one rank started by hand.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ def run_ranks(
         except ChildFailedError as error:
             raise _explain(own, ranks) from error
         except RendezvousError as error:
-            raise RunFailed(f"{hosts}: the hosts did not come together (again): {str(error) or 'time is up'}") from error
+            raise RunFailed(
+                f"{hosts}: the hosts did not come together (again): {str(error) or 'time is up'}"
+            ) from error
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from error

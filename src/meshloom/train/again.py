@@ -7,7 +7,8 @@ from pathlib import Path
 
 from meshloom.parallel.launch import restart_count
 from meshloom.train.checkpoint import checkpoints, newest
-from meshloom.train.loop import AroundStep, Job, train_rank
+from meshloom.train.job import Job
+from meshloom.train.loop import AroundStep, train_rank
 from meshloom.train.runs import CHECKPOINTS
 
 
