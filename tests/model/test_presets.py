@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from meshloom.errors import DataError, MeshloomError
@@ -67,3 +70,10 @@ def test_a_name_that_is_none_is_told_with_those_close_to_it(monkeypatch: pytest.
         load_config("gpt2-xxl")
     assert "expected a preset (closest: gpt2-xl" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_page_lists_them_all() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "presets.md"
+    rows = [line.split("|")[2] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    listed = [name for row in rows for name in re.findall(r"`([\w.-]+)`", row)]
+    assert sorted(listed) == sorted(presets())

@@ -29,7 +29,7 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
 @click.option(
     "--model",
     required=True,
-    help="A preset (gpt2, gpt2-tiny, bert-base-uncased) or a config.json, which start with random weights; a folder or "
+    help="A preset (gpt2, bert-base-uncased, koen-sllm, llama-3-8b, …) or a config.json, which start with random weights; a folder or "
     "a hub id, which start with the weights that are there.",
 )
 @click.option("--from-scratch", is_flag=True, help="Start with random weights, whatever --model holds.")

@@ -30,11 +30,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshloom import errors
 from meshloom.errors import MeshloomError, PlanError, RunFailed
+from meshloom.parallel import one_host
 from meshloom.parallel.hosts import Hosts, joined
 from meshloom.parallel.meet import Meeting, meet
 
@@ -132,15 +133,14 @@ def _agent(num_ranks: int, log_dir: Path, hosts: Hosts | None, run_id: str, max_
     """How torchrun's agent is set up: it starts the ranks of this host, and watches them."""
     fork = sys.platform == "linux"  # elsewhere forking after an import of torch is not safe
     shown = 1 if hosts is None or hosts.host_rank == 0 else 0
-    # A store in a file, and rank 0 as the host of the one that ranks meet in: the agent must have no threads of
-    # C++ when it forks, because a lock that one of them holds just then stays locked in the child for ever.
-    where: dict[str, Any] = {
-        "rdzv_endpoint": str((log_dir / "rendezvous").absolute()),
-        "rdzv_configs": {"store_type": "file"},
-        "local_addr": "localhost",
-    }
-    if hosts is not None:
+    # The agent must have no threads of C++ when it forks, because a lock that one of them holds just then stays
+    # locked in the child for ever: it serves no store.
+    where: dict[str, Any] = {"rdzv_backend": one_host.NAME}
+    if hosts is None:
+        rendezvous_handler_registry.register(one_host.NAME, one_host.OneHost)
+    else:
         where = {
+            "rdzv_backend": "c10d",
             "rdzv_endpoint": hosts.endpoint,
             "rdzv_configs": {"store_type": "tcp", "is_host": False, "timeout": round(hosts.timeout_s)},
             "local_addr": hosts.name,
@@ -150,7 +150,6 @@ def _agent(num_ranks: int, log_dir: Path, hosts: Hosts | None, run_id: str, max_
         max_nodes=1 if hosts is None else hosts.num_hosts,
         nproc_per_node=num_ranks,
         run_id=run_id,
-        rdzv_backend="c10d",
         max_restarts=max_restarts,
         monitor_interval=0.1,
         start_method="fork" if fork else "spawn",
