@@ -29,8 +29,8 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
 @click.option(
     "--model",
     required=True,
-    help="A preset (gpt2, bert-base-uncased, koen-sllm, llama-3-8b, …) or a config.json, which start with random weights; a folder or "
-    "a hub id, which start with the weights that are there.",
+    help="A preset (gpt2, bert-base-uncased, koen-sllm, llama-3-8b, …) or a config.json, which start with random "
+    "weights; a folder or a hub id, which start with the weights that are there.",
 )
 @click.option("--from-scratch", is_flag=True, help="Start with random weights, whatever --model holds.")
 @click.option("--shard-cache", help="A folder that keeps each rank's part of the weights of --model for the next time.")
