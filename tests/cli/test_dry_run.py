@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,13 @@ def test_nothing_is_touched(
     monkeypatch.setenv("MESHLOOM_CACHE_DIR", str(tmp_path / "cache"))
     told = _dry(capsys, *TRAIN, "--plan", "dp2", "--max-steps", "3", "--out", "run", "--device", "cpu")
     assert list(tmp_path.iterdir()) == []
-    assert "command: meshloom train --model gpt2-tiny --data sample --seq-length 32 --plan dp2 --max-steps 3" in told
+    (line,) = (line for line in told.splitlines() if line.startswith("command: "))
+    words = shlex.split(line.removeprefix("command: "))
+    assert words[:2] == ["meshloom", "train"]
+    assert dict(zip(words[2::2], words[3::2])) == {
+        "--model": "gpt2-tiny", "--data": "sample", "--seq-length": "32", "--plan": "dp2", "--max-steps": "3",
+        "--out": "run", "--device": "cpu",
+    }  # fmt: skip
     assert "463,360 parameters, plan dp2 on 2 ranks, weights: random" in told
     assert "3 steps of 8 sequences a step, 256 tokens: 768 tokens in all" in told
     assert "memory of the fullest rank: " in told

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from meshloom.errors import ModelError
+from meshloom.errors import HardwareError, ModelError
 from meshloom.hardware.cluster import Cluster, Network
 from meshloom.hardware.device import Device, load_device
 from meshloom.plan import Plan
@@ -62,12 +62,14 @@ def spec_of(device_name: str) -> str | None:
 def this_host(device: str, num_ranks: int, num_hosts: int = 1) -> Cluster:
     """`num_hosts` hosts such as this one, of `num_ranks` devices: GPUs by their data sheets, else the CPU's.
 
-    Raises HardwareError if there is no sheet for the GPU.
+    Raises HardwareError if there is no GPU, or no sheet for it.
     """
     import torch
 
     spec = "cpu"
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise HardwareError("--device cuda: expected a GPU on this host to estimate for, torch sees none")
         spec = spec_of(torch.cuda.get_device_name()) or torch.cuda.get_device_name()
     sheet: Device = load_device(spec)
     if spec == "cpu":  # the ranks of a host share its processor
