@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from meshloom.parallel.borders import install as install_sequence
 from meshloom.parallel.discover import discover
 from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
-from meshloom.parallel.fake import learn_answers, trouble_of_part
+from meshloom.parallel.fake import fake_copy, learn_answers, trouble_of_part
 from meshloom.parallel.fit import fit
 from meshloom.parallel.flow import find_layers
 from meshloom.parallel.gather import Features, gather_around
@@ -54,6 +55,10 @@ def find_cut(
         raise PlanError(f"plan {plan}: sequence parallel needs tensor parallel; write tp2.sp, or leave out sp")
     if plan.tp == plan.pp == 1:
         return Discovery(pairs=(), kept={}), None
+    if all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        with suppress(Exception):  # whatever a forward does on meta that it does not on fake tensors
+            return _found(model, plan, example, None, styles)
+        model = fake_copy(model)
     try:
         return _found(model, plan, example, None, styles)
     except PlanError:

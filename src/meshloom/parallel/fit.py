@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
-from meshloom.parallel.fake import fake_copy, trouble_of_part
+from meshloom.parallel.fake import dataless_copy, trouble_of_part
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pairs import Counts, Discovery, Pair
 from meshloom.plan import Plan
@@ -69,7 +69,7 @@ def _trouble(
         held = found.held(index, plan.tp)
         if held in tried:
             continue
-        part = fake_copy(model)
+        part = dataless_copy(model)
         cut(part, found, _mesh_of_one(plan, index))
         told = trouble_of_part(part, example, found.shapes(index, plan.tp), found.answers)
         told, counts = _fit_counts(part, found, example, index, plan.tp, told) if told else ("", ())
