@@ -24,7 +24,8 @@ OPTIONS = {
     "train": [
         "--attention", "--background", "--batch-size", "--cache-dir", "--compile", "--data", "--device", "--epochs",
         "--eval-data", "--eval-fraction", "--eval-sequences", "--eval-steps", "--from-scratch",
-        "--gradient-accumulation", "--hardware", "--json", "--keep-last", "--learning-rate", "--log-steps", "--lr-schedule",
+        "--gradient-accumulation", "--hardware", "--json", "--keep-last", "--learning-rate", "--log-steps",
+        "--lr-schedule",
         "--max-grad-norm", "--max-steps", "--model", "--no-save-initial", "--objective", "--out", "--plan",
         "--precision", "--recompute", "--resume", "--save-steps", "--schedule", "--seed", "--seq-length",
         "--shard-cache", "--skip-bad-lines", "--test", "--text-field", "--tokenizer", "--trace", "--trace-active",
