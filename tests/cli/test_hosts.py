@@ -149,6 +149,9 @@ def test_two_hosts_are_one_world(straight: Path, tmp_path: Path, kill: bool) -> 
             host.communicate()
     assert _losses(run) == _losses(straight)
     assert _same_end(run, straight)
+    log = subprocess.run([sys.executable, "-m", "meshloom.cli", "runs", "logs", str(run), "--rank", "1"],
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    assert ("a rank died: restart" in log.stdout) == kill
 
 
 @linux
