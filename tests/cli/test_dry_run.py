@@ -74,6 +74,16 @@ def test_what_the_closed_form_does_not_know_is_said(capsys: pytest.CaptureFixtur
     assert "no estimate of memory and time: mixtral-8x7b: a mixture of experts" in _dry(capsys, *arguments)
 
 
+def test_nothing_is_downloaded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a dry run asked the hub")
+
+    monkeypatch.setattr("meshloom.model.config.hub", never)
+    told = _dry(capsys, "train", "--model", "llama-2-7b", "--data", "sample", "--plan", "tp8", "--device", "cpu")
+    assert "6,738,415,616 parameters, plan tp8 on 8 ranks" in told
+    assert "tokenizer: not on this host yet" in told
+
+
 def test_a_mistake_is_told_as_in_a_real_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run([*TRAIN, "--plan", "tp3", "--dry-run"]) == 2
     assert "which tp3 does not divide" in capsys.readouterr().err

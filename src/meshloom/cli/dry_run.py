@@ -39,6 +39,7 @@ def describe(
         "max_steps": None if epochs else job.max_steps,
         "epochs": epochs,
         "data": list(data),
+        "tokenizer": "there" if job.tokenizer is not None else "not on this host yet",
         "weights": job.resume or job.weights or "random",
     }
     try:
@@ -63,7 +64,7 @@ def in_words(told: dict[str, Any]) -> str:
         *(f"command: {command}" for command in told["commands"]),
         f"{told['model']}: {told['num_parameters']:,} parameters, plan {told['plan']} on {where}, weights: "
         f"{told['weights']}",
-        f"data: {', '.join(told['data'])}",
+        f"data: {', '.join(told['data'])}; tokenizer: {told['tokenizer']}",
         f"{how_long} of {told['global_batch']:,} sequences a step, {told['tokens_per_step']:,} tokens"
         + (f": {steps * told['tokens_per_step']:,} tokens in all" if steps else ""),
     ]

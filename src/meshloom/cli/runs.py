@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,5 +188,5 @@ def _ranks_per_host(path: Path) -> int:
     from meshloom.train.runs import read_run
 
     arguments = read_run(path).arguments
-    given = dict(zip(arguments, arguments[1:]))
+    given = dict(pairwise(arguments))
     return max(1, Plan.parse(given.get("--plan", "dp1")).world_size // int(given.get("--nnodes", 1)))

@@ -304,7 +304,7 @@ def _job(
     **numbers: Any,
 ) -> tuple[Any, int]:
     """What is trained, and how many parameters it has; found, checked and tokenised before any process is started."""
-    from meshloom.model.config import choose_attention, load_config, load_tokenizer, objective_of
+    from meshloom.model.config import choose_attention, load_config, objective_of
     from meshloom.model.pretrained import find_weights
     from meshloom.train.data import check_tokenizer
     from meshloom.train.job import Job, check_job
@@ -319,7 +319,7 @@ def _job(
         weights=None if weights is None else str(weights),
         config=config,
         objective=objective or objective_of(config),
-        tokenizer=load_tokenizer(tokenizer or model),
+        tokenizer=_tokenizer(tokenizer or model, dry),
         plan=replace(
             plan,
             num_micro_batches=gradient_accumulation,
@@ -330,7 +330,8 @@ def _job(
         max_steps=max_steps or 1,
         **numbers,
     )
-    check_tokenizer(job.tokenizer, config, job.objective)
+    if job.tokenizer is not None:
+        check_tokenizer(job.tokenizer, config, job.objective)
     num_parameters = check_job(job, free)
     if dry:
         return job, num_parameters
@@ -339,6 +340,18 @@ def _job(
     reading = Reading(text_field=text_field, skip_bad_lines=skip_bad_lines)
     opened = partial(open_stream, job=job, reading=reading, cache_dir=cache_dir, show=show, quiet=quiet)
     return complete(replace(job, stream=opened(sources)), asked, partial(opened, what="eval data")), num_parameters
+
+
+def _tokenizer(name: str, dry: bool) -> Any:
+    """The tokenizer; a dry run downloads none, and does without: None."""
+    from meshloom.model.config import load_tokenizer
+
+    try:
+        return load_tokenizer(name, download=not dry)
+    except MeshloomError:
+        if not dry:
+            raise
+        return None
 
 
 def _free_memory() -> int:

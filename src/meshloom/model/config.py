@@ -105,8 +105,11 @@ def choose_attention(config: Any, attention: Attention) -> None:
     config._attn_implementation = {"flash": "flash_attention_2"}.get(attention, attention)
 
 
-def load_tokenizer(tokenizer: str) -> Any:
-    """The HF tokenizer of a folder, hub id or preset, or the built-in `bytes`; raises DataError, OfflineError."""
+def load_tokenizer(tokenizer: str, *, download: bool = True) -> Any:
+    """The HF tokenizer of a folder, hub id or preset, or the built-in `bytes`; raises DataError, OfflineError.
+
+    Without `download` one that is not on this host yet raises OfflineError.
+    """
     if preset_config(tokenizer) is not None and not Path(tokenizer).exists():
         known = preset_tokenizer(tokenizer)
         if known is None:
@@ -127,6 +130,8 @@ def load_tokenizer(tokenizer: str) -> Any:
             ) from error
     with suppress(OSError, ValueError):
         return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    if not download:
+        raise OfflineError(f"tokenizer {tokenizer!r}: it is not on this host yet")
     with hub(f"tokenizer {tokenizer!r}: expected a folder, a hub id, or 'bytes'", DataError):
         return AutoTokenizer.from_pretrained(tokenizer)
 
