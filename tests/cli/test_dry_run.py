@@ -85,8 +85,8 @@ def test_nothing_is_downloaded(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_a_mistake_is_told_as_in_a_real_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run([*TRAIN, "--plan", "tp3", "--dry-run"]) == 2
-    assert "which tp3 does not divide" in capsys.readouterr().err
+    assert _run([*TRAIN, "--plan", "pp3", "--dry-run"]) == 2
+    assert "expected at least 3 layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ seq-length = 16
 trace = true
 [matrix]
 model = ["gpt2-tiny", "bert-tiny"]
-plan = ["dp1", "dp2", "tp3"]
+plan = ["dp1", "dp2", "pp3"]
 """
 
 
@@ -33,10 +33,10 @@ def test_a_matrix_goes_on_and_skips(meshloom: Meshloom, tmp_path: Path) -> None:
     assert first.returncode == 1, first.stderr
     told = {result["name"]: result for result in json.loads(first.stdout)}
     assert {name: result["state"] for name, result in told.items()} == {
-        f"{model}.{plan}": "failed" if plan == "tp3" else "done"
-        for model in ("gpt2-tiny", "bert-tiny") for plan in ("dp1", "dp2", "tp3")
+        f"{model}.{plan}": "failed" if plan == "pp3" else "done"
+        for model in ("gpt2-tiny", "bert-tiny") for plan in ("dp1", "dp2", "pp3")
     }  # fmt: skip
-    assert "which tp3 does not divide" in told["gpt2-tiny.tp3"]["reason"]
+    assert "expected at least 3 layers" in told["gpt2-tiny.pp3"]["reason"]
     two = told["bert-tiny.dp2"]
     assert (two["num_traces"], two["num_faults"]) == (2, 0)
     trace = tmp_path / "found" / "bert-tiny.dp2" / "trace"
@@ -48,10 +48,10 @@ def test_a_matrix_goes_on_and_skips(meshloom: Meshloom, tmp_path: Path) -> None:
     second = meshloom("experiments", "mine.toml", cwd=tmp_path)
     assert second.returncode == 1
     assert "1/6 gpt2-tiny.dp1 … skipped" in second.stdout
-    assert "3/6 gpt2-tiny.tp3 … failed" in second.stdout
+    assert "3/6 gpt2-tiny.pp3 … failed" in second.stdout
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     other = meshloom("experiments", "mine.toml", "--set", "max-steps=3", "--json", cwd=tmp_path)
-    reasons = [result["reason"] for result in json.loads(other.stdout) if not result["name"].endswith("tp3")]
+    reasons = [result["reason"] for result in json.loads(other.stdout) if not result["name"].endswith("pp3")]
     assert all("holds a run of other options" in reason for reason in reasons)
 
 
