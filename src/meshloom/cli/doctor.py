@@ -55,6 +55,9 @@ def command(data: tuple[str, ...], tokenizer: str | None, model: str | None, dev
       meshloom doctor
       meshloom doctor --data train-v1.1.json --tokenizer gpt2 --json
     """
+    from meshloom.parallel.launch import count_gpus_without_cuda
+
+    count_gpus_without_cuda()  # this process forks ranks
     findings = [*_software(), *_room(), *_ranks(device), *_reachable(data, tokenizer, model), *_extras()]
     failed = any(finding.state == "failure" for finding in findings)
     if as_json:

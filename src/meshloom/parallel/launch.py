@@ -57,6 +57,11 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def count_gpus_without_cuda() -> None:
+    """Let torch count GPUs by NVML from now on: its other way starts CUDA's driver, which no forked rank could use."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
+
 def cache_folder() -> Path:
     """Where what is slow to make is kept: MESHLOOM_CACHE_DIR, or meshloom in the cache folder of the user."""
     chosen = os.environ.get("MESHLOOM_CACHE_DIR")
@@ -112,6 +117,7 @@ def run_ranks(
         # What the agent logs when a rank dies is told in one line below; the rest is for those who debug it.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        count_gpus_without_cuda()
         sys.stdout.flush()
         agent = elastic_launch(_agent(num_ranks, own, hosts, run_id, max_restarts), _rank)
         ranks = range(first, first + num_ranks)
