@@ -69,6 +69,15 @@ def test_memory_is_that_of_the_closed_form(
     assert memory["reserved"] > 4 * memory["weights"]
 
 
+def test_it_is_estimated_for_the_hardware_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("train", "--model", "llama-3-8b", "--tokenizer", "bytes", "--data", "sample", "--plan", "tp4.dp2",
+                 "--precision", "bf16", "--batch-size", "2", "--seq-length", "4096", "--json")  # fmt: skip
+    told = {spec: json.loads(_dry(capsys, *arguments, "--hardware", spec))["estimate"] for spec in ("h100-sxm", "h200")}
+    assert told["h100-sxm"]["device_memory_bytes"] < told["h200"]["device_memory_bytes"]
+    assert told["h100-sxm"]["cluster"].startswith("1 × 8 ")
+    assert all(0.1 < item["mfu"] < 0.9 for item in told.values())
+
+
 def test_what_the_closed_form_does_not_know_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("train", "--model", "mixtral-8x7b", "--tokenizer", "bytes", "--data", "sample", "--plan", "tp2")
     assert "no estimate of memory and time: mixtral-8x7b: a mixture of experts" in _dry(capsys, *arguments)

@@ -83,16 +83,16 @@ def this_host(device: str, num_ranks: int, num_hosts: int = 1) -> Cluster:
     return _cluster(sheet, num_ranks, num_hosts)
 
 
-def cluster_of(spec: str, num_devices: int) -> Cluster:
-    """One host of `num_devices` of a device file; raises HardwareError."""
-    return _cluster(load_device(spec), num_devices, 1)
+def cluster_of(spec: str, num_devices: int, num_hosts: int = 1) -> Cluster:
+    """`num_hosts` hosts of `num_devices` of a device file; raises HardwareError."""
+    return _cluster(load_device(spec), num_devices, num_hosts)
 
 
 def _cluster(sheet: Device, num_devices: int, num_hosts: int) -> Cluster:
     """Links are those that were measured on the device; what its file leaves out is an order of magnitude."""
     link = Network(name="inside this host", bytes_per_second=10e9, latency_ns=5000, collectives=sheet.collectives)
     return Cluster(
-        name=f"this host ({sheet.name})", device=sheet, num_hosts=num_hosts, devices_per_host=num_devices,
+        name=f"{num_hosts} × {num_devices} {sheet.name}", device=sheet, num_hosts=num_hosts, devices_per_host=num_devices,
         inside_host=link, between_hosts=link,
     )  # fmt: skip
 

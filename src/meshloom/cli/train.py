@@ -160,7 +160,7 @@ def train(
     show: dict[str, Any] = {"show": is_first, "quiet": as_json, "dry": dry_run}
     job, num_parameters = _job(model=model, plan=cut, asked=asked, free=free, **show, **save, **options)
     if dry_run:
-        told = describe(job, model, num_parameters, options["data"], device, start, asked.epochs)
+        told = describe(job, model, num_parameters, options["data"], device, start, asked)
         told["commands"] = commands(arguments, start, out)
         click.echo(json.dumps(told) if as_json else in_words(told))
         return None

@@ -124,7 +124,10 @@ def run_ranks(
         try:
             agent(function, args, os.getpid(), str(own))
         except ChildFailedError as error:
-            raise _explain(own, ranks) from error
+            cause = _explain(own, ranks)
+            if hosts is not None and isinstance(cause, RunFailed):
+                cause = RunFailed(f"{hosts}: {cause}; if it lost a connection, another host tells why")
+            raise cause from error
         except RendezvousError as error:
             raise RunFailed(
                 f"{hosts}: the hosts did not come together (again): {str(error) or 'time is up'}"
