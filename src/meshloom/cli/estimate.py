@@ -92,8 +92,8 @@ def _cluster(sheet: Device, num_devices: int, num_hosts: int) -> Cluster:
     """Links are those that were measured on the device; what its file leaves out is an order of magnitude."""
     link = Network(name="inside this host", bytes_per_second=10e9, latency_ns=5000, collectives=sheet.collectives)
     return Cluster(
-        name=f"{num_hosts} × {num_devices} {sheet.name}", device=sheet, num_hosts=num_hosts, devices_per_host=num_devices,
-        inside_host=link, between_hosts=link,
+        name=f"{num_hosts} × {num_devices} {sheet.name}", device=sheet, num_hosts=num_hosts,
+        devices_per_host=num_devices, inside_host=link, between_hosts=link,
     )  # fmt: skip
 
 

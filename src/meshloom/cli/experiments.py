@@ -218,7 +218,7 @@ def _show(results: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("experiment", "state", "first loss", "last loss", "tokens/s", "traces", "faults", "seconds")
+    table = Table("experiment", "state", "loss", "at last", "tokens/s", "traces", "faults", "s")
     table.columns[0].no_wrap = True
     for item in results:
         numbers = ["" if value is None else f"{value:.4f}" for value in (item.first_loss, item.last_loss)]
