@@ -213,6 +213,15 @@ def test_mistakes(arguments: tuple[str, ...], told: str, capsys: pytest.CaptureF
     assert told in line
 
 
+def test_under_torchrun_its_own_options_count(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _run([*TRAIN, "--out", "x", "--max-restarts", "2"]) == 2
+    assert "expected them at who starts the ranks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [("node0:29", ("node0", 29)), ("node0", ("node0", 29400)), ("[::1]:7", ("::1", 7)), ("[::1]", ("::1", 29400))],

@@ -26,6 +26,15 @@ class Start:
     hosts: Hosts | None = None
     max_restarts: int = 0
 
+    def check_alone(self, out: str | None) -> None:
+        """Raise UsageError for what cannot be where each rank was started by itself, by torchrun or by hand."""
+        if out is None:
+            raise UsageError("expected --out where each rank is started by itself, so that all write to one folder")
+        if self.hosts or self.max_restarts:
+            raise UsageError(
+                "--nnodes, --max-restarts: expected them at who starts the ranks, such as torchrun; give --resume here"
+            )
+
     @property
     def host_rank(self) -> int:
         """Which host this is."""

@@ -147,8 +147,7 @@ def train(
     world = world_from_environment()
     if world is not None:
         cut.with_world_size(world[1])
-        if out is None:
-            raise UsageError("expected --out where each rank is started by itself, so that all write to one folder")
+        start.check_alone(out)
     resumed = _resumed(resume, out)
     if options["max_steps"] is not None:  # as early as can be
         tracing.first(options["max_steps"], resumed)
