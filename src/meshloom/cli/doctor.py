@@ -23,7 +23,7 @@ _EXTRAS = {
     "datasets": ("datasets from the hub", "pip install 'meshloom[data]'"),
     "pyarrow": ("Parquet files", "pip install 'meshloom[data]'"),
     "datasketch": ("near-duplicates in `data prepare`", "pip install 'meshloom[data]'"),
-    "tensorboard": ("looking at the event files of a run", "pip install tensorboard"),
+    "tensorboard": ("looking at the event files of a run", "pip install 'meshloom[tensorboard]'"),
     "wandb": ("reports to Weights & Biases", "pip install 'meshloom[wandb]'"),
 }
 _SLOW = 0.5  # of what the data sheet promises
