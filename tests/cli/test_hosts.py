@@ -181,10 +181,12 @@ def test_a_host_that_differs_is_refused(tmp_path: Path) -> None:
     where = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     first = _start(*TRAIN, *where, "--out", str(tmp_path / "a"))
     try:
-        other = _start(*TRAIN, *where, "--plan", "dp4", "--node-rank", "1", "--out", str(tmp_path / "b"))
+        other = _start(*TRAIN, *where, "--plan", "tp2", "--node-rank", "1", "--out", str(tmp_path / "b"))
         _, said = other.communicate(timeout=120)
         assert other.returncode == 2
-        assert "expected the same on all hosts, host 0 has 2 hosts of 1 ranks, this one 2 hosts of 2 ranks" in said
+        assert (
+            "host 0 has plan dp2, seed 0 on 2 hosts of 1 ranks, this one plan tp2, seed 0 on 2 hosts of 1 ranks" in said
+        )
         taken = _start(*TRAIN, *where, "--out", str(tmp_path / "c"))
         _, said = taken.communicate(timeout=120)
         assert taken.returncode == 2

@@ -84,7 +84,8 @@ def take_hosts(options: dict[str, Any], plan: Plan, *, out: str | None, backgrou
     if background and rank:
         raise UsageError("--background: expected it on host 0 only; on the others use the launcher of your cluster")
     address, port = parse_endpoint(endpoint)
-    hosts = Hosts(num_hosts=nnodes, host_rank=rank, address=address, port=port)
+    job = f"plan {plan}, seed {options.get('seed')}"
+    hosts = Hosts(num_hosts=nnodes, host_rank=rank, address=address, port=port, job=job)
     return Start(num_ranks=ranks_per_host(plan, nnodes), num_hosts=nnodes, hosts=hosts, max_restarts=restarts)
 
 

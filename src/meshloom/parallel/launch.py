@@ -107,7 +107,7 @@ def run_ranks(
     with ExitStack() as stack:
         run_id, first = uuid.uuid4().hex, 0
         if hosts is not None:
-            facts = f"{hosts.num_hosts} hosts of {num_ranks} ranks"
+            facts = f"{hosts.job} on {hosts.num_hosts} hosts of {num_ranks} ranks"
             run_id = stack.enter_context(joined(hosts, facts=facts, again=max_restarts > 0))
             os.environ[_HOSTS] = json.dumps(asdict(hosts))
             stack.callback(os.environ.pop, _HOSTS)
