@@ -16,6 +16,7 @@ from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.borders import border_modules
 from meshloom.parallel.borders import install as install_sequence
+from meshloom.parallel.compiled import compile_layers
 from meshloom.parallel.discover import discover
 from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
@@ -30,6 +31,7 @@ from meshloom.parallel.recompute import recompute
 from meshloom.parallel.sequence import cut_sequence, sequence_example
 from meshloom.parallel.shard import Shard, mark, shard_of
 from meshloom.parallel.styles import Part, cut_linear
+from meshloom.parallel.unused import find_unused
 from meshloom.parallel.vocab import CutVocabulary
 from meshloom.parallel.vocab import Part as VocabularyPart
 from meshloom.parallel.written import apply_styles, check_names
@@ -122,11 +124,13 @@ def parallelize(
     mesh: Mesh,
     example: Mapping[str, Tensor] | None = None,
     styles: Mapping[str, str] | None = None,
+    compiled: bool = False,
 ) -> nn.Module:
     """Cut `model` in place for this rank of `mesh` and return it; raises PlanError if the plan cannot be taken.
 
     `example` is a batch of one sequence that the forward accepts; by default eight token ids. `styles` overrules what
-    is found: a pattern of module paths -> column, row, vocabulary or whole.
+    is found: a pattern of module paths -> column, row, vocabulary or whole. `compiled` layers go through torch.compile,
+    each by itself.
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
@@ -143,9 +147,13 @@ def parallelize(
         _cut_vocabulary(model, found.vocabulary, mesh)
     if found.pairs and has_dropout(model):
         _draw_apart(model, found, mesh)
-    recompute(model, find_layers(model), plan.recompute)
+    if stages is None and "dp" in mesh.groups:
+        model.unused_parameters = find_unused(model, example)  # type: ignore[assignment]
+    layers = find_layers(model)
+    recompute(model, layers, plan.recompute)
+    if compiled:  # after recompute, which the compiler so sees
+        compile_layers(model, layers)
     if stages is None:
-        model.depends_on_values = found.answers is not None  # type: ignore[assignment]
         return model
     return Pipeline(model, mesh=mesh, stages=stages, answers=found.answers)
 
