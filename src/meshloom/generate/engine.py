@@ -15,8 +15,10 @@ from meshloom.errors import UsageError
 from meshloom.generate.sample import Sampler, Sampling
 from meshloom.model.cache import Cache, make_cache
 from meshloom.model.step import decode_step, prefill_step
+from meshloom.model.tape import Replay
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
+from meshloom.parallel.relay import run_plainly
 
 Around = Callable[[int], AbstractContextManager[Any]]  # what stands around step s; step 0 is the prefill
 OnTokens = Callable[[list[int | None]], None]  # the newest token of each sequence, None of one that has ended
@@ -57,12 +59,14 @@ def generate(
     around: Around = lambda step: nullcontext(),
     at_least: int = 0,
     on_tokens: OnTokens = lambda tokens: None,
+    plainly: bool = False,
 ) -> Generation:
     """Continue all prompts together until each has met an end token or `max_new_tokens` are there.
 
     `model` is what `parallelize` returned, with its weights, in eval mode. Every rank of the mesh must call this with
     the same arguments, and gets the same tokens. `first` is the number of the first prompt in the whole run, `at_least`
-    how many steps are done even if all sequences have ended. Raises UsageError if there is nothing to continue.
+    how many steps are done even if all sequences have ended; `plainly` runs the model's own code at every step.
+    Raises UsageError if there is nothing to continue.
     """
     if not prompts or not all(prompts):
         raise UsageError("generate: expected prompts of at least one token each")
@@ -75,6 +79,7 @@ def generate(
         mask=mask,
     )
     _learn_shapes(model, ids)
+    replay = Replay()
     sampler = Sampler(sampling, range(first, first + len(prompts)), max_new_tokens)
     run = _Run(cache, len(prompts), eos_ids, on_tokens)
     tokens = torch.empty(0)
@@ -82,14 +87,16 @@ def generate(
         if run.all_ended and step >= at_least:
             break
         context = around(step)
+        recorded = not isinstance(context, nullcontext)
         begin_ns = time.perf_counter_ns()
         with context:
             if step == 0:
                 tokens = prefill_step(model, ids, mesh=mesh, cache=cache, choose=sampler)
             else:
-                tokens = decode_step(model, tokens, mesh=mesh, cache=cache, choose=sampler)
+                way = run_plainly if recorded or plainly else replay
+                tokens = decode_step(model, tokens, mesh=mesh, cache=cache, choose=sampler, run=way)
         told = tokens.tolist()
-        run.note(step, told, time.perf_counter_ns() - begin_ns, recorded=not isinstance(context, nullcontext))
+        run.note(step, told, time.perf_counter_ns() - begin_ns, recorded=recorded)
     return run.result()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation.utils import GenerationMixin
 
 from meshloom.errors import ModelError
 from meshloom.model.weights import inner_model
@@ -73,6 +74,7 @@ class Cache:
     positions: Tensor
     mask: Tensor | None
     takes: frozenset[str]
+    attends: Tensor | None = None  # (B, 1, 1, max_length) bool: the mask of a decode step as attention takes it
     constant: dict[str, Any] = field(default_factory=dict)  # arguments that are the same in each step
 
     @property
@@ -86,7 +88,9 @@ class Cache:
         found = {"input_ids": ids, **self.constant}
         if "position_ids" in self.takes:
             found["position_ids"] = self.positions.narrow(1, begin, count)
-        if self.mask is not None:
+        if self.attends is not None and count == 1:
+            found["attention_mask"] = self.attends.narrow(3, 0, begin + 1)
+        elif self.mask is not None:
             found["attention_mask"] = self.mask.narrow(1, 0, begin + count)
         return found
 
@@ -143,5 +147,16 @@ def make_cache(
         positions=positions,
         mask=full,
         takes=takes,
+        attends=None if full is None or not _takes_attention_masks(inner, past) else full.bool()[:, None, None, :],
         constant=constant,
+    )
+
+
+def _takes_attention_masks(model: Any, past: Any) -> bool:
+    """Whether the model hands a mask of four dims on to its attention as it is, so that none need be made each step."""
+    return (
+        all(isinstance(layer, _Filled) for layer in past.layers)
+        and getattr(model, "_can_compile_fullgraph", False)
+        and type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+        and model.config._attn_implementation == "sdpa"
     )

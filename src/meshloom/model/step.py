@@ -18,7 +18,7 @@ from meshloom.parallel.candidates import broadcast, most_likely
 from meshloom.parallel.data import synced_gradients
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
-from meshloom.parallel.relay import relay
+from meshloom.parallel.relay import Run, relay, run_plainly, whole_or_cut
 from meshloom.parallel.vocab import CutLogits
 
 Batch = Mapping[str, Tensor]
@@ -111,22 +111,36 @@ def prefill_step(
     Fills `cache`, which `make_cache` made for this model. The last stage's first tensor rank chooses, and tells the
     others.
     """
-    return _next_tokens(model, input_ids, mesh, cache, choose)
+    return _next_tokens(model, input_ids, mesh, cache, choose, run_plainly)
 
 
-def decode_step(model: nn.Module, tokens: Tensor, *, mesh: Mesh, cache: Cache, choose: Choose = most_likely) -> Tensor:
-    """Feed one token of each sequence, (B,) int64, and return the next ones, as `prefill_step` does."""
-    return _next_tokens(model, tokens.unsqueeze(1), mesh, cache, choose)
+def decode_step(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    mesh: Mesh,
+    cache: Cache,
+    choose: Choose = most_likely,
+    run: Run = run_plainly,
+) -> Tensor:
+    """Feed one token of each sequence, (B,) int64, and return the next ones, as `prefill_step` does.
+
+    `run` calls the forward; a `Replay` that was given to each step before does it without the model's own code.
+    """
+    return _next_tokens(model, tokens.unsqueeze(1), mesh, cache, choose, run)
 
 
 @torch.no_grad()
-def _next_tokens(model: nn.Module, ids: Tensor, mesh: Mesh, cache: Cache, choose: Choose) -> Tensor:
+def _next_tokens(model: nn.Module, ids: Tensor, mesh: Mesh, cache: Cache, choose: Choose, run: Run) -> Tensor:
     with phase("forward"):
-        arguments = cache.arguments(ids)
-        head = getattr(inner_model(model), "cut_head", None)
+        inner = inner_model(model)
+        head = getattr(inner, "cut_head", None)
         if head is not None:
             head.keep_cut = True  # so that only candidates are gathered, not all logits
-        logits = relay(model, arguments, ids) if isinstance(model, Pipeline) else model(**arguments).logits
+        if isinstance(model, Pipeline):
+            logits = relay(model, cache.arguments, ids, run=run)
+        else:
+            logits = whole_or_cut(run(partial(_forward, model, cache), ids), inner)
         cache.advance(ids.shape[1])
         tokens = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
         if logits is not None:
@@ -137,6 +151,12 @@ def _next_tokens(model: nn.Module, ids: Tensor, mesh: Mesh, cache: Cache, choose
         if "pp" in mesh.groups:
             tokens = broadcast(tokens, mesh.degree("pp") - 1, mesh.groups["pp"])
         return tokens
+
+
+def _forward(model: nn.Module, cache: Cache, ids: Tensor) -> Tensor:
+    """The logits (B, S or 1, V) of a model in one stage, or this rank's part of them."""
+    logits: Tensor | CutLogits = model(**cache.arguments(ids)).logits
+    return logits.local if isinstance(logits, CutLogits) else logits
 
 
 def _last(logits: Tensor | CutLogits) -> Tensor | CutLogits:

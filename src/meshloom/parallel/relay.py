@@ -5,7 +5,7 @@ A schedule is for training; a token that is generated passes through the stages 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,22 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from meshloom.errors import PlanError
-from meshloom.parallel.flow import Output
 from meshloom.parallel.pipeline import MESSAGE, Pipeline
 from meshloom.parallel.vocab import CutLogits
 
+# Calls a function with tensors; it may know another way to what that returns.
+Run = Callable[..., Any]
 
-def relay(pipeline: Pipeline, batch: Mapping[str, Any], ids: Tensor) -> Tensor | CutLogits | None:
-    """The logits of the model on `batch`, of whose tensors `ids` (B, S) has the shape; None but on the last stage.
+
+def run_plainly(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Call the function."""
+    return function(*tensors)
+
+
+def relay(
+    pipeline: Pipeline, arguments: Callable[[Tensor], Mapping[str, Any]], ids: Tensor, *, run: Run = run_plainly
+) -> Tensor | CutLogits | None:
+    """The logits of the model on what `arguments` makes of `ids` (B, S); None but on the last stage.
 
     Every rank of the pipeline must call this at the same point. Raises PlanError if what a stage sends on has another
     shape than the stage after it can know.
@@ -29,15 +38,16 @@ def relay(pipeline: Pipeline, batch: Mapping[str, Any], ids: Tensor) -> Tensor |
         raise PlanError("pipeline parallel: expected one stage a rank to generate; leave out virtual stages")
     stage = pipeline.index
     shapes = pipeline.shapes({"input_ids": ids}) if pipeline.num_stages > 1 else {}
-    received: dict[Output, Tensor] = {}
-    if stage:
-        for place, output in enumerate(pipeline.crossing[stage]):
-            shape, dtype = shapes[output]
-            received[output] = _receive(pipeline, shape, dtype, place)
-    made = pipeline(stage, batch, received)
+    inputs = pipeline.crossing[stage] if stage else []
+    received = [_receive(pipeline, *shapes[output], place) for place, output in enumerate(inputs)]
+
+    def forward(ids: Tensor, *received: Tensor) -> list[Any]:
+        result: list[Any] = pipeline(stage, arguments(ids), dict(zip(inputs, received)))
+        return [one.local if isinstance(one, CutLogits) else one for one in result]
+
+    made = run(forward, ids, *received)
     if stage == pipeline.num_stages - 1:
-        logits: Tensor | CutLogits = made[0]
-        return logits
+        return whole_or_cut(made[0], pipeline.model)
     for place, (output, tensor) in enumerate(zip(pipeline.crossing[stage + 1], made, strict=True)):
         if tuple(tensor.shape) != tuple(shapes[output][0]):
             layer = pipeline.flow.layers[output.layer]
@@ -69,3 +79,11 @@ def _send(pipeline: Pipeline, tensor: Tensor, place: int) -> None:
         work = dist.isend(tensor, dst=peer, group=mesh.groups["pp"], tag=place)
     if work is not None:
         work.wait()
+
+
+def whole_or_cut(logits: Tensor, model: Any) -> Tensor | CutLogits:
+    """The logits as what they are: this rank's part if the model's head is cut, and nothing had them gathered."""
+    head = getattr(model, "cut_head", None)
+    if head is None or logits.size(-1) == head.part.size:
+        return logits
+    return CutLogits(logits, head.part)
