@@ -23,6 +23,7 @@ from meshloom.generate.engine import Generation, generate
 from meshloom.generate.sample import Sampling
 from meshloom.generate.text import TextStream
 from meshloom.model.build import build_model, example_batch, num_parameters
+from meshloom.model.layout import lay_out_for_one_row
 from meshloom.model.pretrained import check_weights, fill_from
 from meshloom.model.weights import build_part, inner_model
 from meshloom.parallel.apply import check_plan
@@ -112,7 +113,7 @@ def load_part(job: Job, mesh: Mesh) -> nn.Module:
         cache = None if job.shard_cache is None else Path(job.shard_cache)
         fill = fill_from(Path(job.weights), whole, mesh=mesh, cache=cache)
     model = build_part(job.config, "causal", mesh=mesh, seed=job.seed, fill=fill).eval()
-    return model.requires_grad_(False).to(getattr(torch, job.dtype))
+    return lay_out_for_one_row(model.requires_grad_(False).to(getattr(torch, job.dtype)))
 
 
 def _continue(job: Job, model: nn.Module, mesh: Mesh, first: int, around: Any, *, show: bool) -> Generation:

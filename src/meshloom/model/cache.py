@@ -127,6 +127,9 @@ def make_cache(
         raise ModelError(
             f"{type(inner).__name__}: expected a forward that takes past_key_values, to generate with a cache"
         )
+    for module in inner.modules():  # it would read ids from the device at every step, only to warn of padding
+        if hasattr(type(module), "warn_if_padding_and_no_attention_mask"):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = _no_warning
     clock = _Clock()
     past = DynamicCache(config=inner.config)
     past.layers = [_Filled(clock, max_length) if type(layer) is DynamicLayer else layer for layer in past.layers]
@@ -150,6 +153,10 @@ def make_cache(
         attends=None if full is None or not _takes_attention_masks(inner, past) else full.bool()[:, None, None, :],
         constant=constant,
     )
+
+
+def _no_warning(*args: Any, **kwargs: Any) -> None:
+    """Padding is told by our masks."""
 
 
 def _takes_attention_masks(model: Any, past: Any) -> bool:
