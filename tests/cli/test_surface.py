@@ -50,7 +50,7 @@ OPTIONS = {
     "advise": ["--cluster", "--devices", "--dtype", "--global-batch", "--hw-config", "--json", "--memory", "--model",
                "--pareto", "--seq-length", "--stack"],
     "calibrate": ["--device", "--name", "--out"],
-    "export": ["--cluster", "--out", "--to"],
+    "export": ["--cluster", "--out", "--quantize", "--to"],
     "graph": ["--depth", "--out", "--rank"],
     "report": [],
 }  # fmt: skip
@@ -158,6 +158,8 @@ GENERATE = ("generate", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--rando
         (("simulate", "full"), "found none"),
         (("simulate", "full", "--hw-config", "other.json"), "expected 'devices'"),
         (("export", "full", "--to", "astra-sim", "--out", "full"), "expected a new or empty folder"),
+        (("export", "full", "--to", "onnx", "--out", "new"), "expected a checkpoint, a run with one"),
+        (("export", "full", "--to", "onnx", "--quantize", "int8", "--out", "new"), "expected --to hugging-face"),
         (("calibrate", "full", "--device", "h100-sxm", "--out", "new.toml"), "found none"),
         (("what-if", "full", "--scale", "disk=2x"), "found none"),
         (("advise", "--model", "gpt2", "--global-batch", "8", "--memory", "80 parsecs"), "such as 80GB"),

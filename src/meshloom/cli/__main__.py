@@ -34,7 +34,7 @@ COMMANDS = {
     "what-if": "Ask what a step would take with other hardware, or without some communication.",
     "advise": "Search the best plan of a model on a cluster.",
     "calibrate": "Write a device file whose speeds are those of recorded traces.",
-    "export": "Write a folder that another simulator runs.",
+    "export": "Write a folder that others run: traces for a simulator, a model to serve.",
     "graph": "Draw a step as a graph (SVG).",
     "report": "Write one HTML page about a run.",
 }

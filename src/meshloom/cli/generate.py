@@ -175,7 +175,7 @@ def _job(
     from meshloom.model.config import eos_ids, load_config, load_tokenizer
     from meshloom.model.pretrained import find_weights
 
-    where = _checkpoint(model)
+    where = checkpoint_of(model)
     config = load_config(where)
     weights = None if random_weights else find_weights(where)
     if weights is None and not random_weights:
@@ -217,7 +217,7 @@ def _prompts(
     return tuple((row * (num_tokens // len(row) + 1))[:num_tokens] if row else row for row in rows)
 
 
-def _checkpoint(model: str) -> str:
+def checkpoint_of(model: str) -> str:
     """The newest checkpoint that can be read if `model` is the folder of a run, else itself."""
     folder = Path(model)
     if not (folder / "run.json").is_file():
