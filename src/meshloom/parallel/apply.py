@@ -31,6 +31,7 @@ from meshloom.parallel.recompute import recompute
 from meshloom.parallel.sequence import cut_sequence, sequence_example
 from meshloom.parallel.shard import Shard, mark, shard_of
 from meshloom.parallel.styles import Part, cut_linear
+from meshloom.parallel.unused import find_unused
 from meshloom.parallel.vocab import CutVocabulary
 from meshloom.parallel.vocab import Part as VocabularyPart
 from meshloom.parallel.written import apply_styles, check_names
@@ -146,12 +147,13 @@ def parallelize(
         _cut_vocabulary(model, found.vocabulary, mesh)
     if found.pairs and has_dropout(model):
         _draw_apart(model, found, mesh)
+    if stages is None and "dp" in mesh.groups:
+        model.unused_parameters = find_unused(model, example)  # type: ignore[assignment]
     layers = find_layers(model)
     recompute(model, layers, plan.recompute)
     if compiled:  # after recompute, which the compiler so sees
         compile_layers(model, layers)
     if stages is None:
-        model.depends_on_values = found.answers is not None  # type: ignore[assignment]
         return model
     return Pipeline(model, mesh=mesh, stages=stages, answers=found.answers)
 
@@ -289,7 +291,9 @@ def _cut_vocabulary(model: nn.Module, vocabulary: Vocabulary, mesh: Mesh) -> Non
     _retie(model, made)
     for path, size in vocabulary.heads.items():
         rows = VocabularyPart(size=size, index=index, degree=degree, group=group)
-        CutVocabulary(rows).install_head(model, model.get_submodule(path))
+        cut = CutVocabulary(rows)
+        cut.install_head(model, model.get_submodule(path))
+        model.cut_head = cut  # type: ignore[assignment]
 
 
 def _replace(model: nn.Module, parts: Mapping[nn.Module, nn.Module]) -> None:
