@@ -16,8 +16,6 @@ the layers. What tracing costs when it is off is told by `benchmarks/record.py`.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import random
@@ -36,7 +34,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from meshloom.model.build import build_model, flops_per_token
 from meshloom.model.config import load_tokenizer
@@ -219,11 +217,12 @@ def trainer(setting: Setting) -> Loop:
             train_dataset=setting.rows, callbacks=[beginning],
         )  # fmt: skip
 
+    made.remove_callback(PrinterCallback)
+
     def run(begin: Callable[[], None]) -> None:
         beginning.told = begin
         made.optimizer = made.lr_scheduler = None  # a run again is a run from the first step
-        with contextlib.redirect_stdout(io.StringIO()):
-            made.train()
+        made.train()
 
     return run
 
