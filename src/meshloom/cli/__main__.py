@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "The whole road in one go: train, trace, check, synthesise, simulate, report.",
     "doctor": "See whether training can run here, and how fast.",
     "train": "Train a model on a plan of ranks, and record a step if asked.",
+    "generate": "Continue prompts with a model on a plan of ranks, and record its steps if asked.",
     "launch": "Run one rank of a command in this terminal, so that a debugger works in it.",
     "experiments": "Run a matrix of trainings, skipping what is done.",
     "runs": "List runs, and look into, stop or resume one.",
@@ -35,7 +36,7 @@ COMMANDS = {
     "what-if": "Ask what a step would take with other hardware, or without some communication.",
     "advise": "Search the best plan of a model on a cluster.",
     "calibrate": "Write a device file whose speeds are those of recorded traces.",
-    "export": "Write a folder that another simulator runs.",
+    "export": "Write a folder that others run: traces for a simulator, a model to serve.",
     "graph": "Draw a step as a graph (SVG).",
     "report": "Write one HTML page about a run.",
 }
