@@ -1,42 +1,41 @@
 """Our training loop against a bare PyTorch loop and others': what each adds to a step, and tokens a second.
 
-Same model (GPT-2 from one seed), same batches, same fused AdamW, same clipping, in one process. The loops take turns,
-round by round; a step lasts from its beginning to that of the next one, so all that a loop does between its steps
-counts: reading data, learning rates, logging, callbacks. Medians over all rounds; the cost above the bare loop is the
-median over rounds of the difference of medians, so that a machine that changes its speed does so for all. The time of
-the processor, which is that of all threads of the process, is told beside that on the clock: on a machine with other
-work it is the one to look at.
+Same model (GPT-2 from one seed), same fused AdamW, same clipping, batches of the same shape, in one process. Each loop
+has a thread that waits for its turn, and the loops take turns step by step, in an order that is drawn anew each time; a
+step lasts from its beginning to that of the next one, so all that a loop does between its steps counts: reading data,
+learning rates, logging, callbacks. What a loop adds is the median over turns of its step less bare's of the same turn,
+so that a machine that changes its speed does so for all. The time of the processor is told beside that on the clock: on
+a machine with other work it is the one to look at.
 
 Loops: bare (batches ready in memory); ours (`meshloom train` on its own stream of tokenised data); accelerate, Hugging
 Face's Trainer and Lightning Fabric, each with a DataLoader and used as its documentation shows. Peers that are not
 installed are told (`pip install 'meshloom[bench]'`). On a GPU the model is GPT-2 124M in bf16, with torch.compile of
-the layers. The second table is what a recorder that is not due costs our loop.
+the layers. What tracing costs when it is off is told by `benchmarks/record.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
+import random
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from meshloom.capture.record import Recorder
 from meshloom.model.build import build_model, flops_per_token
 from meshloom.model.config import load_tokenizer
 from meshloom.model.step import make_optimizer
@@ -51,7 +50,7 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
 from results import machine, section, write_section
 
 MAX_NORM, RATE = 1.0, 1e-4
-WARMUP = 5  # steps of a round that are not counted
+WARMUP = 10  # turns that are not counted
 
 
 @dataclass
@@ -127,8 +126,8 @@ def bare(setting: Setting) -> Loop:
     return run
 
 
-def ours(setting: Setting, recorder: bool = False) -> Loop:
-    """`meshloom train`, logging every tenth step, with a recorder that is never due if asked."""
+def ours(setting: Setting) -> Loop:
+    """`meshloom train`, logging every tenth step."""
     job = Job(
         config=setting.config, objective="causal", tokenizer=setting.tokenizer, plan=Plan(), stream=setting.stream,
         max_steps=setting.steps, batch_size=setting.batch_size, seq_length=setting.seq_length, learning_rate=RATE,
@@ -138,11 +137,9 @@ def ours(setting: Setting, recorder: bool = False) -> Loop:
 
     def run(begin: Callable[[], None]) -> None:
         def around(mesh: Any, model: nn.Module) -> Callable[[int], Any]:
-            idle = Recorder(setting.folder / "trace", step=1 << 30, model=model) if recorder else None
-
             def at(step: int) -> Any:
                 begin()
-                return idle(step) if idle is not None else nullcontext()
+                return nullcontext()
 
             return at
 
@@ -220,11 +217,12 @@ def trainer(setting: Setting) -> Loop:
             train_dataset=setting.rows, callbacks=[beginning],
         )  # fmt: skip
 
+    made.remove_callback(PrinterCallback)
+
     def run(begin: Callable[[], None]) -> None:
         beginning.told = begin
         made.optimizer = made.lr_scheduler = None  # a run again is a run from the first step
-        with contextlib.redirect_stdout(io.StringIO()):
-            made.train()
+        made.train()
 
     return run
 
@@ -240,7 +238,6 @@ def loops(setting: Setting) -> Iterator[tuple[str, Loop]]:
     """Those that can be here; tells of the others."""
     yield "bare", bare(setting)
     yield "Meshloom", ours(setting)
-    yield "Meshloom, a recorder not due", ours(setting, recorder=True)
     for name, (make, package) in PEERS.items():
         if find_spec(package) is None:
             print(f"{name}: left out, for {package} is not installed; pip install 'meshloom[bench]'")
@@ -248,43 +245,81 @@ def loops(setting: Setting) -> Iterator[tuple[str, Loop]]:
             yield name, make(setting)
 
 
-Steps = list[tuple[float, float]]  # milliseconds of each: on the clock, and of the processor
+class Taking:
+    """A loop in a thread of its own that does one step when it is told to."""
+
+    def __init__(self, run: Loop, device: torch.device) -> None:
+        self._go, self._done = threading.Event(), threading.Event()
+        self._run, self._device = run, device
+        self._began = (0.0, 0.0)
+        self.took = (0.0, 0.0)  # milliseconds of the last step: on the clock, and of the processor
+        self.error: BaseException | None = None
+        threading.Thread(target=self._loop, daemon=True).start()
+        self._done.wait()
+
+    def step(self) -> tuple[float, float]:
+        """Do a step; returns what it took."""
+        self._done.clear()
+        self._go.set()
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+        return self.took
+
+    def _loop(self) -> None:
+        try:
+            self._run(self._begin)
+        except BaseException as error:
+            self.error = error
+        self._end()
+
+    def _begin(self) -> None:
+        self._end()
+        self._go.wait()
+        self._go.clear()
+        torch.set_num_threads(1)  # for all alike; ours takes what the ranks of a host have each
+        self._began = _clocks()
+
+    def _end(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        now = _clocks()
+        self.took = (now[0] - self._began[0], now[1] - self._began[1])
+        self._done.set()
 
 
-def steps_of(run: Loop, device: torch.device) -> Steps:
-    """The steps of a round, without those that warm up and the last, which has no next one."""
-    begins: Steps = []
-
-    def begin() -> None:
-        begins.append((1000 * time.perf_counter(), 1000 * time.process_time()))
-
-    run(begin)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(begins)][WARMUP:]
+def _clocks() -> tuple[float, float]:
+    return 1000 * time.perf_counter(), 1000 * time.process_time()
 
 
-def measure(setting: Setting, rounds: int) -> dict[str, list[Steps]]:
-    """Loop -> the steps of each round."""
-    found = dict(loops(setting))
-    times: dict[str, list[Steps]] = {name: [] for name in found}
-    for number in range(rounds):
-        for name in list(found) if number % 2 else reversed(list(found)):
-            times[name].append(steps_of(found[name], setting.device))
+Steps = list[tuple[float, float]]
+
+
+def measure(setting: Setting) -> dict[str, Steps]:
+    """Loop -> its steps, turn by turn."""
+    running = {name: Taking(run, setting.device) for name, run in loops(setting)}
+    times: dict[str, Steps] = {name: [] for name in running}
+    order, chosen = list(running), random.Random(0)
+    for turn in range(setting.steps - 1):  # the last step has no next one
+        chosen.shuffle(order)
+        for name in order:
+            took = running[name].step()
+            if turn >= WARMUP:
+                times[name].append(took)
     return times
 
 
-def summary(setting: Setting, times: dict[str, list[Steps]]) -> dict[str, dict[str, float]]:
+def summary(setting: Setting, times: dict[str, Steps]) -> dict[str, dict[str, float]]:
     """Of each loop: median ms of a step, on the clock and of the processor, each with what it adds to bare's."""
-    tokens = setting.batch_size * setting.seq_length
     told = {}
-    for name, of_rounds in times.items():
+    for name, steps in times.items():
         row = {}
         for place, kind in enumerate(("step", "processor")):
-            mine, plain = ([median(step[place] for step in one) for one in times[which]] for which in (name, "bare"))
-            row[f"{kind}_ms"] = median(step[place] for one in of_rounds for step in one)
-            row[f"{kind}_above_bare_ms"] = median(above - below for above, below in zip(mine, plain, strict=True))
-        told[name] = {**row, "tokens_per_second": 1000 * tokens / row["step_ms"]}
+            row[f"{kind}_ms"] = median(step[place] for step in steps)
+            row[f"{kind}_above_bare_ms"] = median(
+                mine[place] - plain[place] for mine, plain in zip(steps, times["bare"], strict=True)
+            )
+        told[name] = {**row, "tokens_per_second": 1000 * setting.batch_size * setting.seq_length / row["step_ms"]}
     return told
 
 
@@ -307,8 +342,7 @@ def setting_of(options: argparse.Namespace, folder: Path) -> Setting:
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=60, help="of a round")
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--seq-length", type=int)
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
@@ -320,7 +354,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         setting = setting_of(options, Path(folder))
-        told = summary(setting, measure(setting, options.rounds))
+        told = summary(setting, measure(setting))
     flops = flops_per_token(setting.config, "causal", seq_length=setting.seq_length)
     if options.json:
         print(json.dumps({"machine": machine(), "flops_per_token": flops, "loops": told}))
@@ -339,7 +373,7 @@ def main() -> None:
     rows += [
         "",
         f"GPT-2 ({size}), {setting.batch_size} × {setting.seq_length} tokens, {setting.precision}, on "
-        f"{setting.device.type}; {flops / 1e6:,.1f} MFLOP a token; {options.rounds} rounds of {options.steps} steps "
+        f"{setting.device.type}; {flops / 1e6:,.1f} MFLOP a token; {options.steps} steps of each "
         "in turns.",
     ]
     given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items()
