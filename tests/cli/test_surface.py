@@ -119,7 +119,7 @@ GENERATE = ("generate", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--rando
         ((*GENERATE, "--top-p", "1.1"), "expected a number above 0 and at most 1"),
         ((*GENERATE, "--top-k", "-1"), "expected a whole number of at least 0"),
         ((*GENERATE, "--plan", "dp2"), "expected tp and pp only"),
-        ((*GENERATE, "--plan", "tp3"), "which tp3 does not divide"),
+        ((*GENERATE, "--plan", "tp5"), "fewer than the ranks of tp5"),
         ((*GENERATE, "--trace", "full"), "expected a new or empty folder"),
         ((*GENERATE, "--trace", "new", "--max-new-tokens", "1"), "expected at least 2, to record a decode step"),
         ((*GENERATE, "--visualize-trace"), "expected --trace too"),
