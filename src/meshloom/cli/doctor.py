@@ -233,7 +233,7 @@ def _product(told: dict[str, Any]) -> Finding:
         found += (
             f" on {told['threads']} threads; the sheet's cores would peak at {per_core * told['threads'] / 1e12:.2f}"
         )
-        advice = "estimates for this CPU are rough: `meshloom calibrate` makes a file of yours"
+        advice = "estimates for this CPU are rough: `meshloom calibrate --here` makes a file of yours"
         return Finding(what=what, state="ok", found=found, advice=advice)
     spec = spec_of(name)
     if spec is None:
