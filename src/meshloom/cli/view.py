@@ -104,3 +104,29 @@ def _layers(text: str | None) -> tuple[int, int] | None:
     if last < first:
         raise UsageError(f"--layers {text}: expected the smaller number first")
     return first, last
+
+
+@command.command()
+@click.argument("where", metavar="TRACE|DIR")
+@click.option("--format", "form", type=click.Choice(["perfetto", "chrome"]), default="perfetto", show_default=True,
+              help="perfetto: protobuf for ui.perfetto.dev; chrome: JSON for chrome://tracing.")  # fmt: skip
+@click.option("--out", help="The file.  [default: timeline.perfetto-trace or timeline.chrome.json, beside the trace]")
+def timeline(where: str, form: str, out: str | None) -> None:
+    """Write all ranks of a step as one timeline: a track a stream, flows between collectives and messages that meet,
+    measured beside predicted.
+
+    \b
+    Example:
+      meshloom view timeline runs/gpt2-tiny.dp2.20261121-120000
+    """
+    from meshloom.view.perfetto import write_chrome, write_perfetto
+    from meshloom.view.scene import scene
+
+    shown = scene(where)
+    if not shown.sources:
+        raise UsageError(f"{where}: expected measured or predicted times, got none; run `meshloom simulate {where}` first")
+    folder = Path(where) if Path(where).is_dir() else Path(where).parent
+    name = "timeline.perfetto-trace" if form == "perfetto" else "timeline.chrome.json"
+    write = write_perfetto if form == "perfetto" else write_chrome
+    path = write(shown.tracks, Path(out) if out else folder / name)
+    click.echo(f"{path}: {shown.tracks.num_slices:,} slices, {len(shown.tracks.flows):,} flows, {len(shown.tracks.ranks)} ranks")
