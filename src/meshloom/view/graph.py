@@ -301,6 +301,9 @@ def _part(node: Node, depth: int, named: bool) -> str:
 
 def short_name(name: str) -> str:
     """A kernel's name without return type, template arguments and parameters: `vectorized_elementwise_kernel`."""
+    inside = re.fullmatch(r"cutlass::Kernel2?<(\w+)>.*", name.removeprefix("void "))
+    if inside:
+        return inside[1]
     bare = re.split(r"[<(]", name.removeprefix("void ").replace("(anonymous namespace)::", ""), maxsplit=1)[0].strip()
     return bare.rpartition("::")[2] or name if "kernel" in bare.lower() or "<" in name else bare or name
 

@@ -138,8 +138,7 @@ def scene_data(scene: Scene) -> dict[str, Any]:
         "collectives": _collective_table(events),
         "matrix": _matrix(scene),
         "memory": _memory(scene, events),
-        "roofline": {"points": [roof._asdict() for roof in roofline(events)][:400],
-                     "roofs": roofs_of(cluster.device) if cluster else None},
+        "roofline": _roofline(scene, by_source),
         "path": _path(path) if path else None,
         "grid": _grid(scene),
     }  # fmt: skip
@@ -151,7 +150,7 @@ def _table(heads: Sequence[tuple[str, str]], rows: list[list[Any]], sort: int = 
 
 def _op_table(rows: list[OpRow], *, kinds: bool = False) -> Table:
     whole = max(1, sum(row.time_ns for row in rows))
-    heads = [("name", "text"), ("kind", "text"), ("phase", "text"), ("count", "int"), ("time", "ns"), ("share", "share"),
+    heads = [("name", "text"), ("kind", "word"), ("phase", "word"), ("count", "int"), ("time", "ns"), ("share", "share"),
              ("FLOP", "flops"), ("bytes", "bytes")]  # fmt: skip
     cells = [
         [clean(row.name), row.kind, clean(row.phase), row.count, row.time_ns, row.time_ns / whole, row.flops, row.num_bytes]
@@ -185,7 +184,7 @@ def _compare(by_source: dict[Any, list[Event]]) -> Table | None:
         for (name, kind, phase), times in table.items()
     ]  # fmt: skip
     rows.sort(key=lambda row: -(row[4] or 0))
-    heads = [("name", "text"), ("kind", "text"), ("phase", "text"), ("count", "int"), ("measured", "ns"),
+    heads = [("name", "text"), ("kind", "word"), ("phase", "word"), ("count", "int"), ("measured", "ns"),
              ("predicted", "ns"), ("difference", "share")]  # fmt: skip
     return _table(heads, rows, 4)
 
@@ -206,6 +205,17 @@ def _memory(scene: Scene, events: list[Event]) -> dict[str, Any]:
     curve = memory_curve([event for event in events if event.rank == first])
     return {"rank": first, "times": [when for when, _ in curve], "values": [value for _, value in curve],
             "capacity": scene.cluster.device.memory_bytes if scene.cluster else None}  # fmt: skip
+
+
+def _roofline(scene: Scene, by_source: dict[Any, list[Event]]) -> dict[str, Any] | None:
+    """Ops against the device's peaks: as measured on a device, else as predicted; a host's times say nothing of it."""
+    on_device = any(event.node.get("stream") is not None for event in by_source.get("measured", ()))
+    source = next((each for each in (["measured"] if on_device else []) + ["predicted", "measured"] if each in by_source), None)
+    if source is None:
+        return None
+    roofs = roofs_of(scene.cluster.device) if scene.cluster and (on_device or source == "predicted") else None
+    points = [roof._asdict() for roof in roofline(by_source[source])][:400]
+    return {"points": points, "roofs": roofs, "times": source}
 
 
 def _path(path: list[Any]) -> dict[str, Any]:

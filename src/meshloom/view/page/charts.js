@@ -9,7 +9,7 @@ function curve(title, times, series, format, marks) {
     box.replaceChildren();
     new uPlot({
       width: wide, height: 220, cursor: { drag: { x: true, y: false } }, scales: { x: { time: false } },
-      axes: [{ ...axis(), values: (_, all) => all.map(format.x) }, { ...axis(), size: 76, values: (_, all) => all.map(format.y) }],
+      axes: [{ ...axis(), space: 90, values: (_, all) => all.map((each) => brief(format.x(each))) }, { ...axis(), size: 76, values: (_, all) => all.map((each) => brief(format.y(each))) }],
       series: [{ label: format.label, value: (_, each) => each === null ? "" : format.x(each) },
         ...lines.map((line) => ({ label: line.label, stroke: colour(line.colour), width: 1.6, dash: line.dash, points: { show: false },
           value: (_, each) => each === null || each === undefined ? "" : format.y(each) }))],
@@ -30,14 +30,19 @@ function rooflinePlot(roofline) {
   const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": t("Roofline") });
   for (let e = x0; e <= x1; e++) svg.append(draw("line", { x1: X(10 ** e), x2: X(10 ** e), y1: 16, y2: H - B, stroke: "var(--line)" }), draw("text", { x: X(10 ** e), y: H - B + 18, "text-anchor": "middle" }, String(10 ** e)));
   for (let e = y0; e <= y1; e++) svg.append(draw("line", { x1: L, x2: W - 20, y1: Y(10 ** e), y2: Y(10 ** e), stroke: "var(--line)" }), draw("text", { x: L - 8, y: Y(10 ** e) + 4, "text-anchor": "end" }, si(10 ** e, "").replace(".00", "")));
-  svg.append(draw("text", { x: (L + W) / 2, y: H - 6, "text-anchor": "middle" }, t("FLOP a byte")), draw("text", { x: L - 8, y: 12, "text-anchor": "end" }, "FLOP/s"));
+  svg.append(draw("text", { x: (L + W) / 2, y: H - 6, "text-anchor": "middle" }, t("FLOP a byte")), draw("text", { x: L + 6, y: 12 }, "FLOP/s"));
   if (roofs) {
     const top = Math.max(...peaks.map(([, peak]) => peak)), knee = top / roofs.memory_bytes_per_second;
     const from = 10 ** x0, low = Math.max(from * roofs.memory_bytes_per_second, 10 ** y0);
     svg.append(draw("path", { d: `M${X(low / roofs.memory_bytes_per_second)} ${Y(low)}L${X(knee)} ${Y(top)}`, stroke: "var(--fault)", fill: "none", "stroke-width": 2 }));
-    for (const [name, peak] of peaks) svg.append(
-      draw("line", { x1: X(peak / roofs.memory_bytes_per_second), x2: W - 20, y1: Y(peak), y2: Y(peak), stroke: "var(--fault)", "stroke-width": 1.5 }),
-      draw("text", { x: W - 22, y: Y(peak) - 4, "text-anchor": "end" }, `${name} ${si(peak, "FLOP/s")}`));
+    const alike = new Map(); // dtypes of one speed share a line
+    for (const [name, peak] of peaks) alike.set(peak, [...(alike.get(peak) || []), name]);
+    let below = H;
+    for (const [peak, names] of [...alike].sort((a, b) => a[0] - b[0])) {
+      below = Math.min(below - 14, Y(peak) - 4);
+      svg.append(draw("line", { x1: X(peak / roofs.memory_bytes_per_second), x2: W - 20, y1: Y(peak), y2: Y(peak), stroke: "var(--fault)", "stroke-width": 1.5 }),
+        draw("text", { x: X(knee) - 40, y: below, "text-anchor": "end" }, `${names.join(", ")} ${brief(si(peak, "FLOP/s"))}`));
+    }
   }
   const most = Math.max(1, ...points.map((p) => p.time_ns));
   for (const p of points) svg.append(draw("circle", { cx: X(p.intensity), cy: Y(p.flops_per_second), r: 3 + 9 * Math.sqrt(p.time_ns / most),
@@ -70,7 +75,7 @@ function deviceGrid(grid) {
 function sharesBars(rows) {
   const part = (name, share) => make("div", { style: `width:${100 * share}%;background:var(--${name})`, title: `${(100 * share).toFixed(1)} %` });
   return make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": t("Where the time went") }, make("table", {}, make("thead", {}, make("tr", {},
-    ["rank", "", "compute", "exposed communication", "idle", "gaps"].map((name) => make("th", { scope: "col" }, t(name) || "\u00a0")))),
+    ["rank", "share", "compute", "exposed communication", "idle", "gaps"].map((name, place) => make("th", { scope: "col", class: place > 1 ? "number" : "" }, t(name))))),
   make("tbody", {}, rows.slice(0, 64).map((row) => make("tr", {}, make("td", {}, String(row.rank)),
     make("td", {}, make("div", { class: "stack" }, part("compute", row.compute), part("communication", row.exposed))),
     ["compute", "exposed", "idle"].map((name) => make("td", { class: "number" }, (100 * row[name]).toFixed(1) + " %")), make("td", { class: "number" }, String(row.gaps)))))));

@@ -36,7 +36,7 @@ function firstAfter(values, limit, from = 0) { // the first index whose value is
 class Timeline {
   constructor(data, rows) {
     this.data = data; this.rows = rows; this.left = 132; this.top = 0; this.chosen = null; this.find = "";
-    this.source = "both"; this.host = !rows.some((row) => row.kind === "compute");
+    this.source = "both"; this.host = rows.some((row) => row.kind === "host") && !rows.some((row) => row.source === "measured" && row.kind === "compute");
     this.length = Math.max(1, ...rows.map((row) => row.count ? row.ends.reduce((a, b) => a > b ? a : b, 0) : 0));
     this.from = 0; this.to = this.length; this.frames = 0;
     this.faults = new Set(data.faults.map(([row, slice]) => row * 1e9 + slice));
@@ -55,7 +55,7 @@ class Timeline {
       this.source = event.target.value; this.top = 0; this.draw();
     } }, ["both", ...sources].map((name) => make("option", { value: name }, t(name)))) : null;
     const host = this.rows.some((row) => row.kind === "host") ? make("label", {}, make("input", { type: "checkbox",
-      checked: this.host, onchange: (event) => { this.host = event.target.checked; this.top = 0; this.draw(); } }), " " + t("Host ops")) : null;
+      checked: this.host, onchange: (event) => { this.host = event.target.checked; this.top = 0; this.draw(); } }), t("Host ops")) : null;
     const find = make("input", { type: "search", placeholder: t("Find"), "aria-label": t("Find"),
       oninput: (event) => { this.find = event.target.value.trim().toLowerCase(); this.draw(); } });
     const key = (name, text) => make("span", {}, make("i", { style: `background:var(--${name})` }), t(text));
@@ -210,7 +210,7 @@ class Timeline {
     for (let time = Math.ceil(this.from / step) * step; time < this.to; time += step) {
       const x = this.left + (time - this.from) / span * (width - this.left);
       pen.fillStyle = paint.line; pen.fillRect(x, 18, 1, height);
-      pen.fillStyle = paint.soft; pen.fillText(duration(time), x + 3, 13);
+      pen.fillStyle = paint.soft; pen.fillText(brief(duration(time)), x + 3, 13);
     }
   }
   slices(pen, { row, place, y, high }, width, paint) {

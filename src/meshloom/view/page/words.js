@@ -22,6 +22,8 @@ const KOREAN = {
   "Bytes each rank sends to each other, collectives as a ring moves them": "랭크끼리 주고받는 바이트(집합 통신은 고리 방식으로 계산)",
   "FLOP a byte": "바이트당 연산", "added": "추가", "removed": "삭제", "changed": "변경", "slower": "느려짐", "faster": "빨라짐",
   "same": "같음", "Differences": "차이", "what the training held at each step": "학습 스텝마다 쓴 메모리", "tokens/s": "초당 토큰",
+  "finished": "끝남", "running": "실행 중", "failed": "실패", "stopped": "멈춤", "starting": "시작 중", "forward": "순전파",
+  "backward": "역전파", "optimizer": "옵티마이저", "gemm": "행렬곱", "attention": "어텐션", "where it was predicted": "예측 기준",
   "Runs": "실행 목록", "Compare": "비교", "started": "시작 시각", "devices, by stage and group": "단계와 그룹별 장치", "kept free": "추적 없음",
 };
 let language = "en";
@@ -42,6 +44,7 @@ function duration(ns) {
   if (size >= 1e3) return (ns / 1e3).toFixed(2) + " µs";
   return Math.round(ns) + " ns";
 }
+const brief = (text) => text.replace(/\.0+ /, " ").replace(/(\.\d*[1-9])0+ /, "$1 ");
 const SHOWN = {
   text: (value) => String(value ?? ""), word: (value) => t(String(value ?? "")), int: (value) => value === null ? "" : value.toLocaleString("en"),
   ns: duration, bytes: (value) => si(value, "B"), flops: (value) => si(value, "FLOP"), bus: (value) => value ? si(value, "B/s") : "",
