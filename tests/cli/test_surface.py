@@ -36,7 +36,7 @@ OPTIONS = {
     "parallelize": ["--certify", "--dtype", "--explain", "--gradient-accumulation", "--layers", "--model",
                     "--objective", "--out", "--plan", "--schedule", "--virtual-stages"],
     "synth": ["--gradient-accumulation", "--json", "--micro-batch", "--model", "--objective", "--out", "--plan",
-              "--schedule", "--seq-length", "--virtual-stages"],
+              "--schedule", "--seq-length", "--virtual-stages", "--visualize-trace"],
     "check": ["--json", "--strict"],
     "convert": ["--passes", "--plan", "--schema"],
     "info": ["--json"],
@@ -46,8 +46,12 @@ OPTIONS = {
                "--pareto", "--seq-length", "--stack"],
     "calibrate": ["--device", "--name", "--out"],
     "export": ["--cluster", "--out", "--to"],
-    "graph": ["--depth", "--out", "--rank"],
-    "report": [],
+    "view graph": ["--collapse", "--comm", "--depth", "--format", "--layers", "--out", "--phase", "--rank"],
+    "view timeline": ["--format", "--out"],
+    "stats": ["--json", "--stacks", "--times", "--top"],
+    "diff": ["--html", "--json", "--top"],
+    "report": ["--cluster", "--open", "--out"],
+    "serve": ["--open", "--port"],
 }  # fmt: skip
 
 
@@ -77,7 +81,9 @@ def test_help_and_reading_a_trace_import_no_torch(demo_run: Path) -> None:
     program = """
 import sys
 from meshloom.cli.__main__ import _run
-for arguments in (["--help"], ["check", sys.argv[1]], ["simulate", sys.argv[1]], ["report", sys.argv[1]], ["runs"]):
+run = sys.argv[1]
+for arguments in (["--help"], ["check", run], ["simulate", run], ["report", run], ["stats", run], ["diff", run], ["runs"],
+                  ["view", "graph", run, "--out", run + "/other.svg"], ["view", "timeline", run]):
     assert _run(arguments) == 0
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """

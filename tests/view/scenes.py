@@ -63,8 +63,13 @@ def run_folder(where: Path, *, name: str = "mm_kernel", num_layers: int = 3) -> 
     for rank, trace in traces.items():
         write(trace, where / "trace" / f"rank{rank}.et")
     timeline_file.write(predicted(traces), where / "timeline.json")
-    lines = [f'{{"step": {step}, "loss": {5 - step / 2}, "tokens_per_second": 1000.0, "memory_bytes": {10**9}}}' for step in range(6)]
+    lines = [
+        f'{{"step": {step}, "loss": {5 - step / 2}, "tokens_per_second": 1000.0, "memory_bytes": {10**9}}}'
+        for step in range(6)
+    ]
     (where / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = '{"model": "toy", "plan": "tp2", "max_steps": 6}'
-    (where / "run.json").write_text(f'{{"state": "finished", "command": {command}, "started": "now"}}', encoding="utf-8")
+    (where / "run.json").write_text(
+        f'{{"state": "finished", "command": {command}, "started": "now"}}', encoding="utf-8"
+    )
     return where

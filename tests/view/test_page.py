@@ -61,7 +61,8 @@ def test_it_opens_without_errors_and_tells_everything(page: Any, file: Path) -> 
 
 def test_tables_sort_and_filter(page: Any, file: Path) -> None:
     opened(page, file)
-    find = "const sheet = [...document.querySelectorAll('h3')].find(each => each.textContent === 'Modules').nextElementSibling;"
+    heads = "[...document.querySelectorAll('h3')]"
+    find = f"const sheet = {heads}.find(each => each.textContent === 'Modules').nextElementSibling;"
     cells = find + "return [...sheet.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent)"
     assert len(page.execute_script(cells)) == 30
     page.execute_script(find + "sheet.querySelector('th button').click()")
@@ -118,7 +119,11 @@ def test_axe_finds_nothing_serious(page: Any, file: Path, theme: str) -> None:
     opened(page, file, theme=theme)
     page.execute_script((resources.files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
     told = page.execute_async_script("axe.run().then(arguments[0])")
-    worst = [(each["id"], each["nodes"][0]["html"]) for each in told["violations"] if each["impact"] in ("serious", "critical")]
+    worst = [
+        (each["id"], each["nodes"][0]["html"])
+        for each in told["violations"]
+        if each["impact"] in ("serious", "critical")
+    ]
     assert worst == []
 
 
@@ -164,7 +169,9 @@ def test_an_empty_trace_has_a_page(page: Any, tmp_path: Path) -> None:
 
 def test_the_timeline_looks_as_it_did(page: Any, file: Path) -> None:
     opened(page, file, size=(1000, 900))
-    page.execute_script("const line = window.meshloom.timelines[0]; line.host = true; line.look(0, line.length / 3); line.draw()")
+    page.execute_script(
+        "const line = window.meshloom.timelines[0]; line.host = true; line.look(0, line.length / 3); line.draw()"
+    )
     body = page.find_element("css selector", ".timeline canvas").screenshot_as_png
     picture = Image.open(io.BytesIO(body)).convert("RGB")
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -176,6 +183,10 @@ def test_the_timeline_looks_as_it_did(page: Any, file: Path) -> None:
     assert picture.size == golden.size
     # fonts differ between machines: slices do not, and they are most of the picture
     box = (140, 30, *picture.size)
-    difference = ImageChops.difference(picture.crop(box), golden.crop(box)).convert("L").point(lambda value: 255 if value > 48 else 0)
+    difference = (
+        ImageChops.difference(picture.crop(box), golden.crop(box))
+        .convert("L")
+        .point(lambda value: 255 if value > 48 else 0)
+    )
     share = sum(difference.histogram()[255:]) / (difference.size[0] * difference.size[1])
     assert share < 0.02

@@ -71,14 +71,16 @@ def _print(told: dict[str, Any], top: int) -> None:
     if told["step_ns"]:
         path = told["critical_path"]
         head += f", step {told['step_ns'] / 1e6:,.3f} ms {told['times']}; critical path "
-        head += ", ".join(f"{name} {path[f'{name}_ns'] / 1e6:,.3f} ms" for name in ("compute", "communication", "waiting"))
+        head += ", ".join(
+            f"{name} {path[f'{name}_ns'] / 1e6:,.3f} ms" for name in ("compute", "communication", "waiting")
+        )
     console.print(escape(head), highlight=False)
     if told["faults"]:
         console.print(f"check finds {told['faults']:,} faults", style="bold red")
-    whole = max(1, told["step_ns"])
+    whole, parts = max(1, told["step_ns"]), ("compute_ns", "exposed_ns", "idle_ns")
     if told["step_ns"]:
         _table(console, "ranks", ("rank", "compute", "exposed communication", "idle", "gaps"), [
-            (row["rank"], *(f"{row[part] / whole:.1%}" for part in ("compute_ns", "exposed_ns", "idle_ns")), row["num_gaps"])
+            (row["rank"], *(f"{row[part] / whole:.1%}" for part in parts), row["num_gaps"])
             for row in told["ranks"][:top]
         ])  # fmt: skip
         _table(console, "longest gaps", ("rank", "ms", "at ms", "before"), [
@@ -88,12 +90,12 @@ def _print(told: dict[str, Any], top: int) -> None:
     for name in ("ops", "layers"):
         total = max(1, sum(row["time_ns"] for row in told[name]))
         _table(console, name, ("name", "phase", "count", "ms", "share", "FLOP", "bytes"), [
-            (row["name"], row["phase"], f"{row['count']:,}", f"{row['time_ns'] / 1e6:,.3f}",
+            (row["name"], row["phase"], f"{row['num_events']:,}", f"{row['time_ns'] / 1e6:,.3f}",
              f"{row['time_ns'] / total:.1%}", si(row["flops"], ""), si(row["num_bytes"], "B"))
             for row in told[name][:top]
         ])  # fmt: skip
     _table(console, "collectives and messages", ("kind", "axis", "ranks", "size", "count", "ms", "fastest ms", "bus"), [
-        (row["kind"], row["axis"], row["group_size"], si(row["num_bytes"], "B"), f"{row['count']:,}",
+        (row["kind"], row["axis"], row["group_size"], si(row["num_bytes"], "B"), f"{row['num_events']:,}",
          f"{row['time_ns'] / 1e6:,.3f}", f"{row['best_ns'] / 1e6:.3f}",
          si(row["bus_bytes_per_second"], "B/s") if row["best_ns"] else "")
         for row in told["collectives"][:top]

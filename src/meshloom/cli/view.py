@@ -124,9 +124,14 @@ def timeline(where: str, form: str, out: str | None) -> None:
 
     shown = scene(where)
     if not shown.sources:
-        raise UsageError(f"{where}: expected measured or predicted times, got none; run `meshloom simulate {where}` first")
+        raise UsageError(
+            f"{where}: expected measured or predicted times, got none; run `meshloom simulate {where}` first"
+        )
     folder = Path(where) if Path(where).is_dir() else Path(where).parent
     name = "timeline.perfetto-trace" if form == "perfetto" else "timeline.chrome.json"
     write = write_perfetto if form == "perfetto" else write_chrome
     path = write(shown.tracks, Path(out) if out else folder / name)
-    click.echo(f"{path}: {shown.tracks.num_slices:,} slices, {len(shown.tracks.flows):,} flows, {len(shown.tracks.ranks)} ranks")
+    click.echo(
+        f"{path}: {shown.tracks.num_slices:,} slices, {len(shown.tracks.flows):,} flows, "
+        f"{len(shown.tracks.ranks)} ranks"
+    )

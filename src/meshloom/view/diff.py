@@ -51,7 +51,7 @@ def diff(a: Scene, b: Scene | None = None) -> dict[str, Any]:
     if b is None:
         if a.sources != ["measured", "predicted"]:
             raise TraceError(
-                f"{a.name}: expected measured and predicted times to compare, got {' and '.join(a.sources) or 'neither'}"
+                f"{a.name}: expected measured and predicted times, got {' and '.join(a.sources) or 'neither'}"
                 "; record a step and run `meshloom simulate`, or name a second trace"
             )
         b, source_a, source_b = a, "measured", "predicted"

@@ -152,18 +152,22 @@ class _Pen:
         self._fonts: dict[tuple[bool, int], Any] = {}
 
     def at(self, point: Point) -> Point:
+        """The pixel of a point."""
         return (point[0] + self.shift[0]) * self.scale, (point[1] + self.shift[1]) * self.scale
 
     def text(self, point: Point, text: str, size: float, colour: str) -> None:
+        """Write, from the upper left corner on."""
         font = self._font(text.isascii(), max(4, round(size * self.scale)))
         self.on.text(self.at(point), text, fill=colour, font=font)
 
     def box(self, corner: Point, size: Point, radius: float, fill: str, line: str, width: float) -> None:
+        """A box with round corners."""
         x, y = self.at(corner)
         shape = (x, y, x + size[0] * self.scale, y + size[1] * self.scale)
         self.on.rounded_rectangle(shape, radius * self.scale, fill, line, max(1, round(width * self.scale)))
 
     def curve(self, way: list[Point], colour: str) -> None:
+        """A way, with an arrow at its end."""
         points = [self.at(point) for point in bezier(way)]
         self.on.line(points, fill=colour, width=max(1, round(0.8 * self.scale)))
         (x1, y1), (x2, y2) = points[-2], points[-1]

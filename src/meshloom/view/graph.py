@@ -64,7 +64,7 @@ def step_graph(
     needs, ordered = _needs(work)
     if ordered:
         notes.append("no data dependencies in this trace: the lines are its order")
-    needs = contracted(needs, kept)
+    needs = _without_detours(contracted(needs, kept), needs)
     level = "op" if collapse == "op" or (collapse == "auto" and len(kept) <= READABLE_OPS) else "module"
     if level == "op" and len(kept) > MAX_OPS:
         level = "module"
@@ -172,6 +172,20 @@ def contracted(needs: Mapping[int, Sequence[int]], kept: Mapping[int, None]) -> 
         else:
             nearest[number] = reached
     return found
+
+
+def _without_detours(found: dict[int, list[int]], direct: Mapping[int, list[int]]) -> dict[int, list[int]]:
+    """What leads over nodes left out, less what a longer way implies; direct needs all stay."""
+    graph = nx.DiGraph([(need, number) for number, needed in found.items() for need in needed])
+    if all(found[number] == direct[number] for number in found) or not nx.is_directed_acyclic_graph(graph):
+        return found
+    if len(graph) > MAX_OPS:
+        return found
+    needed_edges = nx.transitive_reduction(graph).edges
+    return {
+        number: [need for need in needed if need in direct[number] or (need, number) in needed_edges]
+        for number, needed in found.items()
+    }
 
 
 def _faults(findings: Iterable[Finding], notes: list[str], work: Mapping[int, Node]) -> dict[int, str]:

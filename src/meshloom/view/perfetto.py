@@ -19,6 +19,7 @@ from meshloom.view.tracks import Track, Tracks
 
 _SEQUENCE = 1
 _BEGIN, _END = 1, 2  # TrackEvent.Type
+_CATEGORIES = {"compute": 1, "communication": 2, "host": 3}
 _BOTTLE = 1 << 20  # bytes gathered before they are written
 
 
@@ -80,7 +81,7 @@ def _packets(tracks: Tracks) -> Iterator[bytes]:
     # the first packet clears what readers know of the sequence, and brings the names (InternedData.event_names)
     names = b"".join(_bytes(2, _number(1, number + 1) + _text(2, name)) for number, name in enumerate(tracks.names))
     kinds = b"".join(
-        _bytes(1, _number(1, number) + _text(2, kind)) for number, kind in ((1, "compute"), (2, "communication"), (3, "host"))
+        _bytes(1, _number(1, number) + _text(2, kind)) for kind, number in _CATEGORIES.items()
     )  # fmt: skip
     yield head + _number(41, 1) + _number(13, 1) + _bytes(12, kinds + names)
     flows = _flow_ids(tracks)
@@ -104,7 +105,7 @@ def _flow_ids(tracks: Tracks) -> dict[int, dict[int, int]]:
 
 
 def _events(head: bytes, uuid: int, track: Track, lane: int, flows: dict[int, int]) -> Iterator[bytes]:
-    category = {"compute": 1, "communication": 2, "host": 3}[track.kind]
+    category = _CATEGORIES[track.kind]
     sequence = head + _number(13, 2)  # needs the interned names
     common = _number(11, uuid) + _number(3, category)
     end = _bytes(11, _number(9, _END) + _number(11, uuid))

@@ -150,10 +150,19 @@ def _table(heads: Sequence[tuple[str, str]], rows: list[list[Any]], sort: int = 
 
 def _op_table(rows: list[OpRow], *, kinds: bool = False) -> Table:
     whole = max(1, sum(row.time_ns for row in rows))
-    heads = [("name", "text"), ("kind", "word"), ("phase", "word"), ("count", "int"), ("time", "ns"), ("share", "share"),
-             ("FLOP", "flops"), ("bytes", "bytes")]  # fmt: skip
+    heads = [("name", "text"), ("kind", "word"), ("phase", "word"), ("count", "int"), ("time", "ns"),
+             ("share", "share"), ("FLOP", "flops"), ("bytes", "bytes")]  # fmt: skip
     cells = [
-        [clean(row.name), row.kind, clean(row.phase), row.count, row.time_ns, row.time_ns / whole, row.flops, row.num_bytes]
+        [
+            clean(row.name),
+            row.kind,
+            clean(row.phase),
+            row.num_events,
+            row.time_ns,
+            row.time_ns / whole,
+            row.flops,
+            row.num_bytes,
+        ]
         for row in rows
     ]
     if kinds:
@@ -177,8 +186,8 @@ def _compare(by_source: dict[Any, list[Event]]) -> Table | None:
         for row in ops(events):
             key = row.name, row.kind, row.phase
             table[key][source] = row.time_ns
-            counts[key] = row.count
-    rows = [
+            counts[key] = row.num_events
+    rows: list[list[Any]] = [
         [clean(name), kind, clean(phase), counts[name, kind, phase], times.get("measured"), times.get("predicted"),
          times["predicted"] / times["measured"] - 1 if times.get("measured") and "predicted" in times else None]
         for (name, kind, phase), times in table.items()
@@ -210,7 +219,9 @@ def _memory(scene: Scene, events: list[Event]) -> dict[str, Any]:
 def _roofline(scene: Scene, by_source: dict[Any, list[Event]]) -> dict[str, Any] | None:
     """Ops against the device's peaks: as measured on a device, else as predicted; a host's times say nothing of it."""
     on_device = any(event.node.get("stream") is not None for event in by_source.get("measured", ()))
-    source = next((each for each in (["measured"] if on_device else []) + ["predicted", "measured"] if each in by_source), None)
+    source = next(
+        (each for each in (["measured"] if on_device else []) + ["predicted", "measured"] if each in by_source), None
+    )
     if source is None:
         return None
     roofs = roofs_of(scene.cluster.device) if scene.cluster and (on_device or source == "predicted") else None
@@ -242,8 +253,8 @@ def _grid(scene: Scene) -> dict[str, Any] | None:
 
     def device(rank: int) -> dict[str, Any]:
         where = " ".join(f"{axis} {index}" for axis, index in plan.coordinate(rank).items() if plan.degrees[axis] > 1)
-        return {"rank": rank, "traced": rank in scene.traces,
-                "title": f"rank {rank}: {where or 'alone'}; host {rank // per_host}, device {rank % per_host}"}  # fmt: skip
+        title = f"rank {rank}: {where or 'alone'}; host {rank // per_host}, device {rank % per_host}"
+        return {"rank": rank, "traced": rank in scene.traces, "title": title}
 
     stages = [
         [

@@ -1,4 +1,4 @@
-"""What a folder holds to look at: traces, timelines, what a run wrote, and the hardware that it was predicted on. No torch.
+"""What a folder holds to look at: traces, timelines, what a run wrote, and the hardware of its prediction. No torch.
 
 A file is read once, here; everything else in this room works on what this gives.
 """
@@ -97,11 +97,19 @@ class Scene:
             else:
                 shift = offsets_ns(self.nodes)
                 work = {rank: [node for node in each if is_work(node)] for rank, each in self.nodes.items()}
-                starts = [node.start_ns + shift[rank] for rank, each in work.items() for node in each if node.duration_ns]
+                # the same beginning as that of the tracks: also the host's
+                starts = [
+                    node.start_ns + shift[rank]
+                    for rank, each in self.nodes.items()
+                    for node in each
+                    if node.duration_ns
+                ]
                 begin = min(starts, default=0)
                 for rank, each in work.items():
                     found += [
-                        Event(rank, node, node.start_ns + shift[rank] - begin if node.duration_ns else 0, node.duration_ns)
+                        Event(
+                            rank, node, node.start_ns + shift[rank] - begin if node.duration_ns else 0, node.duration_ns
+                        )
                         for node in each
                     ]
         found.sort(key=lambda event: event.start_ns)

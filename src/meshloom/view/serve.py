@@ -34,7 +34,9 @@ def make_server(where: Path, port: int) -> ThreadingHTTPServer:
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, where.resolve()))
     except OSError as error:
-        raise FolderError(f"port {port}: expected to listen there, got '{error.strerror}'; choose another --port") from error
+        raise FolderError(
+            f"port {port}: expected to listen there, got '{error.strerror}'; choose another --port"
+        ) from error
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -97,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.root = root
         super().__init__(*arguments)
 
-    def do_GET(self) -> None:  # noqa: N802 (http.server's name)
+    def do_GET(self) -> None:
         """Answer a GET; everything else is refused by http.server itself."""
         if (self.headers.get("Host") or "").rpartition(":")[0] not in _NAMES:
             self._say(HTTPStatus.FORBIDDEN, "text/plain", b"expected a request for 127.0.0.1\n")
@@ -119,7 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "runs"]:
                 return "application/json", _json(list_runs(self.root))
             case ["api", "loss"]:
-                return "application/json", _json([loss_curve(find_run(self.root, name)) for name in query.get("run", [])])
+                return "application/json", _json(
+                    [loss_curve(find_run(self.root, name)) for name in query.get("run", [])]
+                )
             case ["run", name]:
                 return "text/html", page(report_data(folder(find_run(self.root, name)))).encode("utf-8", "replace")
         raise FolderError("expected /, /run/NAME, /api/runs or /api/loss?run=NAME")

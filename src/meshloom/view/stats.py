@@ -25,7 +25,7 @@ class OpRow(NamedTuple):
     name: str
     kind: str
     phase: str
-    count: int
+    num_events: int
     time_ns: int
     flops: int
     num_bytes: int
@@ -42,7 +42,7 @@ class CollectiveRow(NamedTuple):
     axis: str
     group_size: int
     num_bytes: int
-    count: int
+    num_events: int
     time_ns: int
     best_ns: int
     bus_bytes_per_second: float
@@ -81,7 +81,9 @@ def ops(events: Iterable[Event], *, by: Callable[[Node], str] | None = None) -> 
         if not node.is_comm:
             row[2] += int(node.get("num_ops", 0))
         row[3] += int(node.get("comm_size" if node.is_comm else "tensor_size", 0))
-    return sorted((OpRow(*key, *row) for key, row in table.items()), key=lambda row: (-row.time_ns, -row.flops, row.name))
+    return sorted(
+        (OpRow(*key, *row) for key, row in table.items()), key=lambda row: (-row.time_ns, -row.flops, row.name)
+    )
 
 
 def modules(events: Iterable[Event]) -> list[OpRow]:
@@ -131,15 +133,15 @@ def collectives(events: Iterable[Event]) -> list[CollectiveRow]:
     for event in events:
         node = event.node
         if node.is_comm:
-            key = comm_kind(node), str(node.get("comm_axis", "")), len(node.get("comm_ranks") or ()) or 2
-            table[(*key, int(node.get("comm_size", 0)))].append(event)
+            size = len(node.get("comm_ranks") or ()) or 2
+            table[comm_kind(node), str(node.get("comm_axis", "")), size, int(node.get("comm_size", 0))].append(event)
     rows = []
     for key, group in table.items():
         best = min((event.duration_ns for event in group if event.duration_ns), default=0)
-        sent = sent_bytes(group[0].node) or (key[3] if key[0] == "recv" else 0.0)
+        sent = sent_bytes(group[0].node) or (float(key[3]) if key[0] == "recv" else 0.0)
         total = sum(event.duration_ns for event in group)
         rows.append(CollectiveRow(*key, len(group), total, best, sent / best * 1e9 if best else 0.0))
-    return sorted(rows, key=lambda row: (-row.time_ns, -row.num_bytes * row.count))
+    return sorted(rows, key=lambda row: (-row.time_ns, -row.num_bytes * row.num_events))
 
 
 def matrix(scene: Scene) -> tuple[list[int], list[list[float]]]:
