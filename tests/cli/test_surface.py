@@ -82,8 +82,9 @@ def test_help_and_reading_a_trace_import_no_torch(demo_run: Path) -> None:
 import sys
 from meshloom.cli.__main__ import _run
 run = sys.argv[1]
-for arguments in (["--help"], ["check", run], ["simulate", run], ["report", run], ["stats", run], ["diff", run], ["runs"],
-                  ["view", "graph", run, "--out", run + "/other.svg"], ["view", "timeline", run]):
+for arguments in (["--help"], ["runs"], ["check", run], ["simulate", run], ["report", run], ["stats", run],
+                  ["diff", run], ["view", "graph", run, "--out", run + "/other.svg"],
+                  ["view", "timeline", run]):
     assert _run(arguments) == 0
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """

@@ -58,6 +58,8 @@ def test_it_lists_and_shows(root: Path, port: int) -> None:
     status, text = ask(port, "/api/loss?run=three&run=one%20%26%20%3Ctwo%3E")
     assert [len(curve["steps"]) for curve in json.loads(text)] == [6, 6]
     assert ask(port, "/")[0] == 200
+    assert ask(port, "/diff/three/one%20%26%20%3Ctwo%3E")[0] == 200
+    assert ask(port, "/diff/three/..")[0] == 404
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before, "nothing is written"
 
 

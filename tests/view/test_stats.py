@@ -88,6 +88,31 @@ def test_the_critical_path_leads_over_the_slowest_rank() -> None:
     assert critical_path(whole, []) == []
 
 
+def test_nothing_on_the_critical_path_of_a_prediction_waits() -> None:
+    from meshloom.chakra.cost import Cost
+    from meshloom.hardware.cluster import load_cluster
+    from meshloom.simulate.engine import simulate
+
+    traces = {}
+    for rank in range(2):  # two stages, three micro-batches there and back
+        builder = TraceBuilder(rank=rank, world_size=2, source="synth")
+        for tag in range(6):
+            work = builder.compute(
+                "work", cost=Cost(10**11, 10**8, "gemm", (1, 4096, 4096, 3000)), lane="s", dtype="float16"
+            )
+            source = (tag + 1) % 2 if tag < 3 else tag % 2
+            last = builder.message("p2p", source=source, destination=1 - source, tag=tag, num_bytes=10**7, after=[work])
+            builder.compute("rest", cost=Cost(10**9, 10**8, "memory"), lane="s", after=[last])
+        traces[rank] = builder.finish()
+    timeline = simulate(traces, load_cluster("h100x8"))
+    shown = Scene(name="two stages", traces=traces, predicted=timeline)
+    path = critical_path(shown, shown.events("predicted"))
+    parts = path_parts(path)
+    assert parts["waiting"] == 0
+    assert parts["compute"] + parts["communication"] == timeline.makespan_ns
+    assert parts["communication"] > 0
+
+
 def test_memory_rises_and_falls_with_results() -> None:
     shown = small()
     curve = memory_curve([event for event in shown.events("measured") if event.rank == 0])

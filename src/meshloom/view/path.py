@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from meshloom.chakra.trace import Node
@@ -12,6 +12,7 @@ from meshloom.view.graph import result_bytes, short_name
 from meshloom.view.scene import Event, Scene
 from meshloom.view.tracks import Meeting, meetings_of
 
+_CLOCK_NS = 1000  # ranks that start a collective together do so within this
 _POINTS = 1500  # of a curve: more than a page has pixels
 
 
@@ -50,27 +51,31 @@ def critical_path(scene: Scene, events: Sequence[Event]) -> list[Link]:
             if (rank, number) in at:
                 met[key].append(at[rank, number])
                 of_node[rank, number] = key
-    event = max(timed, key=lambda event: (event.end_ns, event.rank))
+    event: Event | None = max(timed, key=lambda event: (event.end_ns, event.rank))
     path: list[Link] = []
     seen: set[tuple[int, int]] = set()
-    while (event.rank, event.node.id) not in seen:
-        key = event.rank, event.node.id
-        last = max(met[of_node[key]], key=lambda other: other.start_ns) if key in of_node else event
-        if last is not event and (last.rank, last.node.id) not in seen:
-            event, key = last, (last.rank, last.node.id)
-        seen.add(key)
-        needed = [at[event.rank, need] for need in (*event.node.data_deps, *event.node.ctrl_deps)
-                  if (event.rank, need) in at]  # fmt: skip
-        if key in before:
-            needed.append(before[key])
-        needed = [each for each in needed if each.start_ns <= event.start_ns and each.end_ns <= event.end_ns]
-        if not needed:
-            path.append(Link(event, event.start_ns))
-            break
-        previous = max(needed, key=lambda each: each.end_ns)
-        path.append(Link(event, max(0, event.start_ns - previous.end_ns)))
+    while event is not None and (event.rank, event.node.id) not in seen:
+        members = met[of_node[event.rank, event.node.id]] if (event.rank, event.node.id) in of_node else [event]
+        latest = max(member.start_ns for member in members)
+        choices = [  # who came last at a meeting, and of those what they waited for
+            (needed, member)
+            for member in members
+            if member.start_ns >= latest - _CLOCK_NS
+            for needed in _needed(member, at, before)
+            if (needed.rank, needed.node.id) not in seen
+        ]
+        previous, here = max(choices, key=lambda choice: choice[0].end_ns, default=(None, event))
+        seen.update((member.rank, member.node.id) for member in (event, here))
+        path.append(Link(here, max(0, here.start_ns - previous.end_ns) if previous else here.start_ns))
         event = previous
     return path[::-1]
+
+
+def _needed(event: Event, at: Mapping[tuple[int, int], Event], before: Mapping[tuple[int, int], Event]) -> list[Event]:
+    """What an event needed on its rank, and what ran before it in its lane."""
+    needed = [at.get((event.rank, need)) for need in (*event.node.data_deps, *event.node.ctrl_deps)]
+    needed.append(before.get((event.rank, event.node.id)))
+    return [each for each in needed if each and each.start_ns <= event.start_ns and each.end_ns <= event.end_ns]
 
 
 def _before(events: Iterable[Event]) -> dict[tuple[int, int], Event]:

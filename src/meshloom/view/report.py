@@ -43,6 +43,11 @@ def report(where: str | Path, *, out: str | Path | None = None, cluster: str | N
 
 def diff_page(told: dict[str, Any], path: Path) -> Path:
     """Write the page about what `diff` found and return its path; raises FolderError."""
+    return _write(page(diff_data(told)), path)
+
+
+def diff_data(told: dict[str, Any]) -> dict[str, Any]:
+    """What `diff` found as the page shows it."""
     heads = [("change", "word"), ("name", "text"), ("module", "text"), ("phase", "text"), ("A ×", "number"),
              ("B ×", "number"), ("A", "ns"), ("B", "ns"), ("difference", "ns")]  # fmt: skip
     data: dict[str, Any] = {"kind": "diff", "name": f"{told['a']['name']} – {told['b']['name']}"}
@@ -53,7 +58,7 @@ def diff_page(told: dict[str, Any], path: Path) -> Path:
             for row in told[name]
         ]  # fmt: skip
         data[name] = _table(heads, rows)
-    return _write(page({**data, "a": told["a"], "b": told["b"]}), path)
+    return {**data, "a": told["a"], "b": told["b"]}
 
 
 def _write(text: str, path: Path) -> Path:

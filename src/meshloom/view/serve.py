@@ -19,8 +19,9 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from meshloom.errors import FolderError, MeshloomError
-from meshloom.view.report import page, report_data
-from meshloom.view.scene import folder, read_json, read_steps
+from meshloom.view.diff import diff
+from meshloom.view.report import diff_data, page, report_data
+from meshloom.view.scene import folder, read_json, read_steps, scene
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 _NAMES = ("127.0.0.1", "localhost")
@@ -126,7 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             case ["run", name]:
                 return "text/html", page(report_data(folder(find_run(self.root, name)))).encode("utf-8", "replace")
-        raise FolderError("expected /, /run/NAME, /api/runs or /api/loss?run=NAME")
+            case ["diff", one, other]:
+                sides = [scene(find_run(self.root, name)) for name in (one, other)]
+                return "text/html", page(diff_data(diff(*sides))).encode("utf-8", "replace")
+        raise FolderError("expected /, /run/NAME, /diff/A/B, /api/runs or /api/loss?run=NAME")
 
     def _say(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)

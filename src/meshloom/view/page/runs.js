@@ -28,13 +28,14 @@ function showCurves(all) {
   const now = JSON.stringify(all);
   if (now === drawn) return;
   drawn = now;
+  const two = all.length === 2 ? [make("p", {}, make("a", { href: "/diff/" + all.map((each) => encodeURIComponent(each.name)).join("/") }, `${t("Differences")}: ${all[0].name} – ${all[1].name}`))] : [];
   const some = all.filter((each) => each.steps.length > 1);
   const xs = [...new Set(some.flatMap((each) => each.steps))].sort((a, b) => a - b);
   const lines = some.map((each, place) => {
     const known = new Map(each.steps.map((step, at) => [step, each.losses[at]]));
     return { label: each.name, values: xs.map((step) => known.get(step) ?? null), colour: COLOURS[place % COLOURS.length] };
   });
-  curves.replaceChildren(...lines.length ? [make("h3", {}, t("Loss")), curve(t("Loss"), xs, lines, { x: (v) => Number.isInteger(v) ? String(v) : "", y: (v) => v.toFixed(3), label: t("step") })] : []);
+  curves.replaceChildren(...two, ...lines.length ? [make("h3", {}, t("Loss")), curve(t("Loss"), xs, lines, { x: (v) => Number.isInteger(v) ? String(v) : "", y: (v) => v.toFixed(3), label: t("step") })] : []);
 }
 async function turn() {
   const runs = await ask("/api/runs");
