@@ -18,8 +18,11 @@ from meshloom.errors import MeshloomError
 # command -> what `meshloom --help` says of it; its code is `command` in meshloom.cli.<name>
 COMMANDS = {
     "demo": "The whole road in one go: train, trace, check, synthesise, simulate, report.",
+    "doctor": "See whether training can run here, and how fast.",
     "train": "Train a model on a plan of ranks, and record a step if asked.",
+    "generate": "Continue prompts with a model on a plan of ranks, and record its steps if asked.",
     "launch": "Run one rank of a command in this terminal, so that a debugger works in it.",
+    "experiments": "Run a matrix of trainings, skipping what is done.",
     "runs": "List runs, and look into, stop or resume one.",
     "data": "Make data for training: mix sources by a recipe.",
     "tokenizer": "Train a tokenizer.",
@@ -33,7 +36,7 @@ COMMANDS = {
     "what-if": "Ask what a step would take with other hardware, or without some communication.",
     "advise": "Search the best plan of a model on a cluster.",
     "calibrate": "Write a device file whose speeds are those of recorded traces.",
-    "export": "Write a folder that another simulator runs.",
+    "export": "Write a folder that others run: traces for a simulator, a model to serve.",
     "view": "Draw a step as a graph, or as a timeline for Perfetto.",
     "stats": "Say where a step's time went: top ops, exposed communication, idle.",
     "diff": "Compare two traces, or measured with predicted.",

@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 190.0, 36.0
 _GAP_X, _GAP_Y, _LINE_GAP = 26.0, 34.0, 14.0
 _SWEEPS = 8
 _GRAPHVIZ_SECONDS = 10.0
-# without a limit its simplex takes a hundred times as long on the long edges from forward to backward
+# without a limit its simplex takes more than forty times as long on the long edges from forward to backward
 _DOT = ("-Gnodesep=0.3", "-Granksep=0.45", "-Gnslimit=1", "-Gnslimit1=1", "-Gmclimit=0.3")
 _GRAPHVIZ_NODES = 1500  # it takes minutes beyond
 COLOURS = {"tensor": ("#e8f5e9", "#2e7d32"), "op": ("#e3f2fd", "#1565c0"), "communication": ("#ffebee", "#c62828")}
