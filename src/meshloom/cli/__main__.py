@@ -35,7 +35,7 @@ COMMANDS = {
     "simulate": "Predict when traces would run on a cluster.",
     "what-if": "Ask what a step would take with other hardware, or without some communication.",
     "advise": "Search the best plan of a model on a cluster.",
-    "calibrate": "Write a device file whose speeds are those of recorded traces.",
+    "calibrate": "Write a device file from recorded traces, or from kernels timed here.",
     "export": "Write a folder that others run: traces for a simulator, a model to serve.",
     "view": "Draw a step as a graph, or as a timeline for Perfetto.",
     "stats": "Say where a step's time went: top ops, exposed communication, idle.",
