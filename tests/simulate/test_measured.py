@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from meshloom.capture.kernels import measure_kernels
 from meshloom.hardware.curves import AttentionCurve, GemmCurve
