@@ -38,8 +38,8 @@ OPTIONS = {
     "tokenizer train": ["--data", "--json", "--kind", "--out", "--skip-bad-lines", "--text-field", "--vocab-size"],
     "generate": [
         "--batch-size", "--device", "--dtype", "--eos", "--ignore-eos", "--json", "--max-new-tokens", "--model",
-        "--num-input-tokens", "--plan", "--prompt", "--prompts-file", "--random-weights", "--seed", "--shard-cache",
-        "--temperature", "--tokenizer", "--top-k", "--top-p", "--trace", "--visualize-trace",
+        "--no-cuda-graph", "--num-input-tokens", "--plan", "--prompt", "--prompts-file", "--random-weights", "--seed",
+        "--shard-cache", "--temperature", "--tokenizer", "--top-k", "--top-p", "--trace", "--visualize-trace",
     ],
     "launch": ["--plan", "--port", "--rank", "--timeout"],
     "capture": ["--json", "--out", "--rank"],

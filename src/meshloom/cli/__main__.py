@@ -85,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     # PyTorch's native code logs each start of its observers; what matters, Meshloom says itself.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # What is imported may count GPUs, which starts CUDA's driver unless NVML is asked; ranks are forked after that.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
 
 
