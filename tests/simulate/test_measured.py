@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from meshloom.capture.kernels import measure_kernels
 from meshloom.hardware.curves import AttentionCurve, GemmCurve
