@@ -48,8 +48,10 @@ def _phase_in(precision: Precision, device: torch.device, name: str) -> Iterator
         yield
 
 
-def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Fused AdamW; weight decay on matrices only, not on biases and norms (Brown et al. 2020, appendix B)."""
+def make_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, fused: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW, fused into one kernel or as an op a term; weight decay on matrices only, not on biases and norms (Brown et al. 2020, appendix B)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -57,7 +59,7 @@ def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: floa
     ]
     # The learning rate is a number, not a tensor: the fused kernel then needs no copy of it to the device.
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True
+        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=fused
     )
 
 
@@ -83,13 +85,15 @@ def train_step(
         with synced_gradients(model, sync=index == len(micro_batches) - 1):
             with within("forward"):
                 loss: Tensor = model(**batch).loss / len(micro_batches)
+                # added up on the way, so that each micro-batch does the same however many there are
+                losses = [losses[0] + loss.detach() if losses else loss.detach()]
             with within("backward"):
                 loss.backward()
-        losses.append(loss.detach())
+            del loss
     grad_norm = None
     with phase("optimizer"):
         if max_grad_norm:
             grad_norm = clip_gradients(model, max_grad_norm, mesh)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), grad_norm)
+    return StepResult(losses[0], grad_norm)

@@ -108,14 +108,22 @@ def _sequence(model: nn.Module, found: Discovery, example: Mapping[str, Tensor],
     return cut_sequence(model, sequence_example(example, plan.tp), found.pairs)
 
 
-def parallelize(model: nn.Module, *, plan: Plan, mesh: Mesh, example: Mapping[str, Tensor] | None = None) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    *,
+    plan: Plan,
+    mesh: Mesh,
+    example: Mapping[str, Tensor] | None = None,
+    cut: tuple[Discovery, Stages | None] | None = None,
+) -> nn.Module:
     """Cut `model` in place for this rank of `mesh` and return it; raises PlanError if the plan cannot be taken.
 
-    `example` is a batch of one sequence that the forward accepts; by default eight token ids.
+    `example` is a batch of one sequence that the forward accepts; by default eight token ids. `cut` is what `find_cut`
+    found on the same model, where that is known already.
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
-    found, stages = find_cut(model, plan, example)
+    found, stages = cut or find_cut(model, plan, example)
     if found.pairs:
         _cut(model, found, mesh)
     for name in found.partial:  # such as the norm of each head

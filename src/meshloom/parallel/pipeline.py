@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import record_function
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_unflatten
@@ -306,6 +307,8 @@ class _Runner:
 
     def act(self, action: Action) -> None:
         """Run one action of the schedule."""
+        # what has left need not be held; nothing ever leaves where tensors are fake
+        self.pending = [(work, sent) for work, sent in self.pending if not (_is_fake(sent) or work.is_completed())]
         if action.kind == "forward":
             with self.phase("forward"):
                 self._forward(action.stage, action.micro_batch)
@@ -445,17 +448,21 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
 def find_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None = None) -> Stages:
     """The stages of `plan`, balanced; raises PlanError if the model has too few layers, or the schedule cannot be."""
     flow = trace_flow(model, example, answers)
-    bounds = balance(_costs(model, flow), plan.pp * plan.virtual_stages)
+    bounds = balance(layer_costs(model, flow), plan.pp * plan.virtual_stages)
     play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
     return Stages(flow=flow, bounds=tuple(bounds))
 
 
-def _costs(model: nn.Module, flow: Flow) -> list[float]:
+def layer_costs(model: nn.Module, flow: Flow) -> list[float]:
     """What each layer costs, in parameters it multiplies with; the last one also bears what follows the layers."""
     costs = [float(sum(p.numel() for p in model.get_submodule(path).parameters())) for path in flow.layers]
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     costs[-1] += sum(sizes[name] for name in flow.parameters[-1])
     return costs
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
 
 
 def _hollow(parameter: Tensor) -> Tensor:
