@@ -51,7 +51,10 @@ def _phase_in(precision: Precision, device: torch.device, name: str) -> Iterator
 def make_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """AdamW, fused into one kernel or as an op a term; weight decay on matrices only, not on biases and norms (Brown et al. 2020, appendix B)."""
+    """AdamW, fused into one op or as several; weight decay on matrices only, not on biases and norms.
+
+    Brown et al. 2020, appendix B.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

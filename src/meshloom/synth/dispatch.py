@@ -83,7 +83,6 @@ class StepWatcher(TorchDispatchMode):
             module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
         ]
         was_on = gc.isenabled()
-        gc.collect()
         gc.freeze()  # what is collected below, where a phase ends, then takes no time
         gc.disable()  # and nothing is released at a moment that depends on other things
         try:
@@ -163,6 +162,7 @@ class StepWatcher(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in _changed(func._schema, args, kwargs):
+            self._region(tensor)  # what is new is allocated, though it counts as read as well
             if not any(tensor is output for output in outputs):
                 outputs.append(tensor)
         shapes, results = [_shape(tensor) for tensor in inputs], [_shape(tensor) for tensor in outputs]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ _ID, _NAME, _TYPE, _CONTROL, _DATA = b"\x08", b"\x12", b"\x18", b"\x22", b"\x2a"
 _INT32, _INT64_LIST, _STRING = b"\x38", b"\x52", b"\xea\x01"  # values of an AttributeProto
 _GROUP_DIGITS = 10
 
+Places = dict[Any, tuple[list[int], list[int]]]
+
 
 class _Peers(NamedTuple):
     """The two ends of messages, as places on the pipeline."""
@@ -37,31 +39,17 @@ class _Peers(NamedTuple):
     destination: int
 
 
-@dataclass(slots=True)
-class _Slots:
-    """Places in a part's bytes, and the numbers that come there: `index` more than the base `reference`."""
-
-    at: list[int] = field(default_factory=list)
-    index: list[int] = field(default_factory=list)
-    reference: list[int] = field(default_factory=list)
-
-    def add(self, at: int, index: int, reference: int) -> None:
-        self.at.append(at)
-        self.index.append(index)
-        self.reference.append(reference)
-
-
 class _Mould(NamedTuple):
-    """A part's bytes with what must be filled in."""
+    """A part's bytes with what must be filled in: at each `at` the number `offset` more than the base `reference`."""
 
     data: Bytes
     at: Numbers
-    index: Numbers
+    offset: Numbers
     reference: Numbers
     ends: Numbers  # of each node, with its length before it
     heads: Numbers  # bytes of that length
-    groups: dict[Group, tuple[list[int], list[int]]]  # where names and rank lists stand
-    peers: dict[_Peers, tuple[list[int], list[int]]]
+    groups: Places  # where names and rank lists stand
+    peers: Places  # where senders and receivers stand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +105,7 @@ def stamp(step: Captured, plan: Plan, place: int, standing: Sequence[int], carry
     NotAlike where it cannot be carried over.
     """
     parts = parts_of(plan, place)
-    model = {part: part._replace(micro_batch=standing[part.micro_batch]) if part.micro_batch >= 0 else part
-             for part in parts}  # fmt: skip
+    model = {part: part.standing(standing) for part in parts}
     counts = [len(step.parts[model[part]]) for part in parts]
     firsts = dict(zip(parts, (1 + np.cumsum([0, *counts[:-1]])).tolist()))
     most = max(sum(counts) + 1, plan.world_size, plan.pp * plan.virtual_stages * plan.num_micro_batches * 16 + 16)
@@ -129,7 +116,7 @@ def stamp(step: Captured, plan: Plan, place: int, standing: Sequence[int], carry
     for part in parts:
         mould, bases = press.part(part, model[part], firsts, lanes)
         piece = mould.data.copy()
-        values = mould.index + bases[mould.reference]
+        values = mould.offset + bases[mould.reference]
         for byte in range(press.width):
             more = 0x80 if byte < press.width - 1 else 0
             piece[mould.at + byte] = (values >> 7 * byte) & 0x7F | more
@@ -258,19 +245,10 @@ class _Press:
         """The part's bytes; `before` tells of the first node of each lane whether it needs the one before."""
         sources = {source: number for number, source in enumerate(self._sources[model])}
         tags = {message: len(sources) + number for number, message in enumerate(self._tags[model])}
-        slots, out = _Slots(), bytearray()
-        ends: list[int] = []
-        heads: list[int] = []
-        groups: dict[Group, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        peers: dict[_Peers, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        clay = _Clay(self.width, self._plan.world_size)
         lanes: dict[Hashable, int] = {}
         for index, line in enumerate(self._step.parts[model]):
-            body, mine = bytearray(), _Slots()
-            body += _ID
-            mine.add(len(body), index, 0)
-            body += bytes(self.width)
-            body += _NAME + varint(len(line.node.name.encode())) + line.node.name.encode()
-            body += _TYPE + varint(int(line.node.type)) if line.node.type else b""
+            clay.begin(line.node.name, int(line.node.type), index)
             data = [(number, sources[source]) for source, number in line.data]
             control: list[tuple[int, int]] = []
             if line.lane in lanes:
@@ -278,72 +256,91 @@ class _Press:
             elif before[index]:
                 control = [(0, len(sources) + len(tags) + list(before).index(index))]
             lanes[line.lane] = index
-            self._needs(body, mine, _CONTROL, [need for need in control if need not in data])
-            self._needs(body, mine, _DATA, data)
+            clay.needs(_CONTROL, [need for need in control if need not in data])
+            clay.needs(_DATA, data)
             attrs = line.node.attrs
             if "module" in attrs:
                 attrs = {**attrs, "module": self._carry.module(attrs["module"], model.chunk)}
-            body += self._encoder.all(attrs)
-            group = None if line.group is None else self._carry.group(line.group)
-            if group is not None:
-                self._add_group(body, group, groups, len(out))
+            clay.body += self._encoder.all(attrs)
+            if line.group is not None:
+                clay.group(self._carry.group(line.group))
             if line.message is not None:
-                self._add_message(body, line, tags[line.message], mine, peers, len(out))
-            head = varint(len(body))
-            shift = len(out) + len(head)
-            for at, number, reference in zip(mine.at, mine.index, mine.reference):
-                slots.add(shift + at, number, reference)
-            for table, key in ((groups, group), (peers, self._peers(line))):
-                if key is not None:  # noted before the length of the head was known
-                    for places in table[key]:  # type: ignore[index]
-                        places[-1] += len(head)
-            out += head + body
-            heads.append(len(head))
-            ends.append(len(out))
-        arrays = (np.asarray(values, np.int64) for values in (slots.at, slots.index, slots.reference, ends, heads))
-        return _Mould(np.frombuffer(bytes(out), np.uint8), *arrays, dict(groups), dict(peers))
+                clay.message(self._peers(line, line.message), tags[line.message])
+            clay.end()
+        return clay.mould()
 
-    def _needs(self, body: bytearray, slots: _Slots, tag: bytes, needs: Sequence[tuple[int, int]]) -> None:
-        if needs:
-            body += tag + varint(len(needs) * self.width)
-            for index, reference in needs:
-                slots.add(len(body), index, reference)
-                body += bytes(self.width)
-
-    def _add_group(
-        self, body: bytearray, group: Group, groups: dict[Group, tuple[list[int], list[int]]], at: int
-    ) -> None:
-        digits = 1 if len(group.places) == self._plan.world_size else _GROUP_DIGITS
-        body += _attribute("pg_name", _STRING + varint(digits) + bytes(digits))
-        groups[group][0].append(at + len(body) - digits)
-        size = len(group.places) * self.width
-        packed = b"\x0a" + varint(size) + bytes(size)
-        body += _attribute("comm_ranks", _INT64_LIST + varint(len(packed)) + packed)
-        groups[group][1].append(at + len(body) - size)
-
-    def _add_message(
-        self,
-        body: bytearray,
-        line: Line,
-        tag: int,
-        slots: _Slots,
-        peers: dict[_Peers, tuple[list[int], list[int]]],
-        at: int,
-    ) -> None:
-        ends = self._peers(line)
-        assert ends is not None
-        for number, name in enumerate(("comm_src", "comm_dst")):
-            body += _attribute(name, _INT32 + bytes(self.width))
-            peers[ends][number].append(at + len(body) - self.width)
-        body += _attribute("comm_tag", _INT32 + bytes(self.width))
-        slots.add(len(body) - self.width, 0, tag)
-
-    def _peers(self, line: Line) -> _Peers | None:
-        if line.message is None:
-            return None
-        other = (self._place + line.message.step) % self._plan.pp
+    def _peers(self, line: Line, message: Message) -> _Peers:
+        other = (self._place + message.step) % self._plan.pp
         sends = line.node.type is NodeType.COMM_SEND
         return _Peers(self._place, other) if sends else _Peers(other, self._place)
+
+
+class _Clay:
+    """A mould that is being made, node by node; `body` is the message of the one that began last."""
+
+    def __init__(self, width: int, world_size: int) -> None:
+        self._width, self._world_size = width, world_size
+        self._out = bytearray()
+        self._slots: list[tuple[int, int, int]] = []
+        self._ends: list[tuple[int, int]] = []
+        self._tables: tuple[Places, Places] = ({}, {})
+        self.body = bytearray()
+        self._mine: list[tuple[int, int, int]] = []  # slots of the body
+        self._ours: list[tuple[int, Any, int, int]] = []  # table, key, which of its lists, place in the body
+
+    def begin(self, name: str, kind: int, index: int) -> None:
+        """A node begins, number `index` of its part."""
+        self.body, self._mine, self._ours = bytearray(_ID), [], []
+        self._wide(index, 0)
+        self.body += _NAME + varint(len(name.encode())) + name.encode()
+        self.body += _TYPE + varint(kind) if kind else b""
+
+    def needs(self, tag: bytes, needs: Sequence[tuple[int, int]]) -> None:
+        """Its dependencies of one kind."""
+        if needs:
+            self.body += tag + varint(len(needs) * self._width)
+            for offset, reference in needs:
+                self._wide(offset, reference)
+
+    def group(self, group: Group) -> None:
+        """The group of a collective."""
+        digits = 1 if len(group.places) == self._world_size else _GROUP_DIGITS
+        self.body += _attribute("pg_name", _STRING + varint(digits) + bytes(digits))
+        self._ours.append((0, group, 0, len(self.body) - digits))
+        size = len(group.places) * self._width
+        packed = b"\x0a" + varint(size) + bytes(size)
+        self.body += _attribute("comm_ranks", _INT64_LIST + varint(len(packed)) + packed)
+        self._ours.append((0, group, 1, len(self.body) - size))
+
+    def message(self, peers: _Peers, tag: int) -> None:
+        """The ends of a message, and the base of its tag."""
+        for number, name in enumerate(("comm_src", "comm_dst")):
+            self.body += _attribute(name, _INT32 + bytes(self._width))
+            self._ours.append((1, peers, number, len(self.body) - self._width))
+        self.body += _attribute("comm_tag", _INT32 + bytes(self._width))
+        self._mine.append((len(self.body) - self._width, 0, tag))
+
+    def end(self) -> None:
+        """The node is whole."""
+        head = varint(len(self.body))
+        shift = len(self._out) + len(head)
+        self._slots += [(shift + at, offset, reference) for at, offset, reference in self._mine]
+        for table, key, number, at in self._ours:
+            self._tables[table].setdefault(key, ([], []))[number].append(shift + at)
+        self._out += head + self.body
+        self._ends.append((len(self._out), len(head)))
+
+    def mould(self) -> _Mould:
+        """All of it."""
+        slots = np.array(self._slots, np.int64).reshape(-1, 3)
+        ends = np.array(self._ends, np.int64).reshape(-1, 2)
+        data = np.frombuffer(bytes(self._out), np.uint8)
+        groups, peers = self._tables
+        return _Mould(data, slots[:, 0], slots[:, 1], slots[:, 2], ends[:, 0], ends[:, 1], groups, peers)
+
+    def _wide(self, offset: int, reference: int) -> None:
+        self._mine.append((len(self.body), offset, reference))
+        self.body += bytes(self._width)
 
 
 def _attribute(name: str, value: bytes) -> bytes:

@@ -36,6 +36,10 @@ class Part(NamedTuple):
         """The phase that the step says it is in."""
         return _PHASES.get(self.kind, self.kind)
 
+    def standing(self, standing: Sequence[int]) -> Part:
+        """The captured part that is the same; `standing` names the micro-batch for each one."""
+        return self if self.micro_batch < 0 else self._replace(micro_batch=standing[self.micro_batch])
+
     def __str__(self) -> str:
         return f"{self.kind} of micro-batch {self.micro_batch}" if self.micro_batch >= 0 else self.kind
 

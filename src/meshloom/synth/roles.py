@@ -6,11 +6,14 @@ there are two). Roles of the middle of a pipeline are captured once; they differ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,20 +22,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import meshloom
 from meshloom.chakra.build import TraceBuilder
 from meshloom.chakra.trace import Trace
+from meshloom.chakra.wire import StoredNodes, whole_frames
 from meshloom.errors import PlanError
 from meshloom.model.build import build_model, example_batch
 from meshloom.model.config import Objective
 from meshloom.model.step import Batch, Precision, make_optimizer, train_step
 from meshloom.parallel.apply import find_cut, parallelize
-from meshloom.parallel.data import data_parallel
+from meshloom.parallel.data import ReducerTwin, data_parallel
 from meshloom.parallel.discover import Discovery
 from meshloom.parallel.flow import find_layers
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline, Stages
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
+from meshloom.synth.folder import RoleOfRanks, TraceFile
+from meshloom.synth.forked import run_all
 from meshloom.synth.image import Carry, Image, held_bytes, stamp
-from meshloom.synth.parts import Captured, NotAlike, captured, enough_micro_batches, standing_for
+from meshloom.synth.parts import Captured, NotAlike, captured, enough_micro_batches, parts_of, standing_for
 from meshloom.synth.reduced import (
     Reduced,
     bounds_of,
@@ -76,6 +82,12 @@ class Role:
     standing: Sequence[int]
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes its traces have."""
+        parts = parts_of(self.reduced.whole, self.place)
+        return sum(len(self.step.parts[part.standing(self.standing)]) for part in parts)
+
     def image(self) -> Image:
         """The nodes of its ranks' traces, as bytes."""
         plan = self.reduced.whole
@@ -105,6 +117,18 @@ class Roles:
     plan: Plan
     roles: tuple[Role, ...]
     notes: tuple[str, ...] = ()
+
+    def files(self, *, roles_only: bool = False) -> Iterator[TraceFile]:
+        """What is written for every rank, role by role; with `roles_only` for the first rank of each."""
+        for role in self.roles:
+            image = role.image()
+            for rank in role.ranks[:1] if roles_only else role.ranks:
+                more = {"role_size": len(role.ranks)} if roles_only else {}
+                yield TraceFile(rank, {**role.attrs(rank, image), **more}, image.turn_to(rank))
+
+    def table(self) -> list[RoleOfRanks]:
+        """What `ranks.json` holds."""
+        return [RoleOfRanks(f"rank{role.ranks[0]}.et", role.ranks[0], list(role.ranks)) for role in self.roles]
 
     def traces(self) -> Iterator[tuple[int, Trace]]:
         """(rank, trace) of every rank, role by role."""
@@ -151,30 +175,30 @@ def find_roles(step: Step, *, stamped: bool = True) -> Roles:
     Raises PlanError if the model cannot take the plan.
     """
     if not stamped:
-        return _capture(step, same(step.plan), step.config, (), None)
+        return _capture(step, same(step.plan), step.config, ())
     notes: list[str] = []
-    reduced, config, cut = _reduced(step, notes)
+    reduced, config = _reduced(step, notes)
     fewer = replace(reduced.plan, num_micro_batches=enough_micro_batches(reduced.plan))
     try:
-        return _capture(step, replace(reduced, plan=fewer), config, notes, cut)
+        return _capture(step, replace(reduced, plan=fewer), config, notes)
     except NotAlike as reason:
         notes.append(f"every micro-batch is captured by itself: {reason}")
-    return _capture(step, same(step.plan), step.config, notes, None)
+    return _capture(step, same(step.plan), step.config, notes)
 
 
 Cut = tuple[Discovery, Stages | None]
 
 
-def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any, Cut | None]:
-    """What is captured in the place of the plan and the model, and how it is cut if that is known already."""
+def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
+    """What is captured in the place of the plan and the model."""
     plan = step.plan
     small = few_replicas(plan)
     if plan.pp <= 3:
-        return replace(same(plan), plan=small), step.config, None
+        return replace(same(plan), plan=small), step.config
     why = unlike_layers(build_model(step.config, step.objective, seed=0, device="meta"), step.config)
     if why:
         notes.append(f"every stage is captured by itself: {why}")
-        return replace(same(plan), plan=small), step.config, None
+        return replace(same(plan), plan=small), step.config
     few = with_layers(step.config, _FEW_LAYERS)
     model = build_model(few, step.objective, seed=0, device="meta")
     example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
@@ -184,11 +208,11 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any, Cut | None]:
     bounds = bounds_of(costs_of(model, stages), step.config.num_hidden_layers, plan)
     reduced = reduce_pipeline(plan, bounds)
     if reduced.plan.pp == plan.pp:
-        return replace(same(plan), plan=small), step.config, None
+        return replace(same(plan), plan=small), step.config
     assert reduced.num_layers is not None
     config = with_layers(step.config, sum(reduced.num_layers))
     prefix = find_layers(model)[0].removesuffix("0")
-    return replace(reduced, plan=few_replicas(reduced.plan), layers=prefix), config, None
+    return replace(reduced, plan=few_replicas(reduced.plan), layers=prefix), config
 
 
 def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan) -> Cut:
@@ -199,41 +223,76 @@ def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan) -> Cut:
         raise PlanError(str(error).replace(f"plan {plan}", f"plan {told}")) from error
 
 
-def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], cut: Cut | None) -> Roles:
+def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str]) -> Roles:
     """The roles, from passes of the reduced plan."""
     plan, whole = reduced.plan, reduced.whole
-    model = build_model(config, step.objective, seed=0, device="meta")
-    example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    probe = plan if plan.pp == 1 else replace(plan, schedule="gpipe", num_micro_batches=1)
-    found, stages = cut or _cut_of(model, probe, example, whole)
+    # Sequence parallel compares op by op with what fake tensors do.
+    with FakeTensorMode() if plan.sequence_parallel else nullcontext():
+        device = "cpu" if plan.sequence_parallel else "meta"
+        model = build_model(config, step.objective, seed=0, device=device)
+        example = example_batch(step.objective, micro_batch=1, seq_length=8, device=device)
+        probe = plan if plan.pp == 1 else replace(plan, schedule="gpipe", num_micro_batches=1)
+        found, stages = _cut_of(model, probe, example, whole)
     if stages is not None and reduced.num_layers is not None:
         stages = stages_of(stages, reduced.num_layers)
-    roles: dict[tuple[int, int], Role] = {}
-    steps: dict[tuple[int, int], tuple[Captured, list[int], tuple[int, ...]]] = {}
-    for rank in range(whole.world_size):
-        where = whole.coordinate(rank)
-        place, tensor = where["pp"], where["tp"]
-        if (place, tensor) in roles or where["dp"] or where["cp"]:
-            continue
-        known = next((key for key in steps if key[0] == reduced.stands_for[place] and steps[key][2][tensor] == key[1]), None)
-        if known is None:
-            known = reduced.stands_for[place], tensor
-            captured_step, kinds = _one_rank(step, config, plan, known, (found, stages), shapes)
-            standing = standing_for(captured_step, whole.num_micro_batches)
-            steps[known] = captured_step, standing, kinds
-        captured_step, standing, kinds = steps[known]
-        key = place, known[1]
-        ranks = tuple(
-            whole.rank(**{**whole.coordinate(0), "pp": place, "tp": other, "dp": replica})
-            for replica in range(whole.dp)
-            for other in range(whole.tp)
-            if kinds[other] == kinds[known[1]]
-        )
-        if key not in roles:
-            roles[key] = Role(ranks=ranks, reduced=reduced, place=place, step=captured_step, standing=standing,
-                              facts=_facts(step))  # fmt: skip
-    return Roles(plan=whole, roles=tuple(roles.values()), notes=tuple(notes))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    del model
+
+    def capture(place: int, tensor: int) -> bytes:
+        return msgspec.msgpack.encode(_one_rank(step, config, plan, place, tensor, (found, stages), shapes))
+
+    # Places of the pipeline first, at once; then other kinds of places of tp, where there are any.
+    places = range(plan.pp)
+    firsts = run_all([partial(capture, place, 0) for place in places], num_processes=os.cpu_count() or 1)
+    known = {(place, 0): _Told.decode(told) for place, told in zip(places, firsts)}
+    others = [(place, kind) for place in places for kind in sorted({*known[place, 0].kinds} - {0})]
+    more = run_all([partial(capture, *other) for other in others], num_processes=os.cpu_count() or 1)
+    known |= {other: _Told.decode(told) for other, told in zip(others, more)}
+    steps = {key: told.captured(plan, *key) for key, told in known.items()}
+    roles = []
+    for place in range(whole.pp):
+        stand = reduced.stands_for[place]
+        kinds = known[stand, 0].kinds
+        for kind in dict.fromkeys(kinds):
+            ranks = [
+                whole.rank(pp=place, dp=replica, tp=tensor)
+                for replica in range(whole.dp)
+                for tensor in range(whole.tp)
+                if kinds[tensor] == kind
+            ]
+            roles.append(
+                Role(
+                    ranks=tuple(ranks),
+                    reduced=reduced,
+                    place=place,
+                    step=steps[stand, kind],
+                    standing=standing_for(steps[stand, kind], whole.num_micro_batches),
+                    facts=_facts(step),
+                )
+            )
+    return Roles(plan=whole, roles=tuple(roles), notes=tuple(notes))
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """What the pass of one rank tells: the nodes as in a file, where phases began, memory, and which places of tp run
+    the same."""
+
+    nodes: bytes
+    marks: list[tuple[str, int]]
+    held_bytes: int
+    batch_bytes: int
+    kinds: tuple[int, ...]
+
+    @classmethod
+    def decode(cls, data: bytes) -> _Told:
+        """The inverse of msgpack's encoding."""
+        return msgspec.msgpack.decode(data, type=cls)
+
+    def captured(self, plan: Plan, place: int, tensor: int) -> Captured:
+        """Its parts."""
+        nodes = list(StoredNodes(self.nodes, whole_frames(self.nodes)))
+        rank = plan.rank(pp=place, tp=tensor)
+        return captured(nodes, self.marks, plan, rank, held_bytes=self.held_bytes, batch_bytes=self.batch_bytes)
 
 
 def _facts(step: Step) -> dict[str, Any]:
@@ -249,10 +308,10 @@ def _facts(step: Step) -> dict[str, Any]:
 
 
 def _one_rank(
-    step: Step, config: Any, plan: Plan, place: tuple[int, int], cut: Cut, shapes: dict[str, tuple[int, ...]]
-) -> tuple[Captured, tuple[int, ...]]:
-    """The step of the rank at `place` (pp, tp) of `plan`, and which places of tp run the same."""
-    rank = plan.rank(pp=place[0], tp=place[1])
+    step: Step, config: Any, plan: Plan, place: int, tensor: int, cut: Cut, shapes: dict[str, tuple[int, ...]]
+) -> _Told:
+    """The step of the rank at these places of pp and tp of `plan`."""
+    rank = plan.rank(pp=place, tp=tensor)
     with fake_world(rank, plan.world_size):
         mesh = make_mesh(plan, torch.device("cpu"))  # the mesh counts ranks in real tensors
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -260,33 +319,46 @@ def _one_rank(
             model = build_model(config, step.objective, seed=0)
             model = parallelize(model, plan=plan, mesh=mesh, example=example, cut=cut).train()
             inner = model.model if isinstance(model, Pipeline) else model
-            kinds = tensor_kinds(inner, shapes, plan)
-            paths = {id(module): path for path, module in inner.named_modules()}
             # The learning rate is no matter here: nothing is computed.
             optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1, fused=step.fused)
             model = data_parallel(model, mesh)
+            run = partial(train_step, mesh=mesh, max_grad_norm=step.max_grad_norm, precision=step.precision)
+            # The first step makes the optimizer's states and learns the order of the gradients; all others are like
+            # the second.
+            if isinstance(model, ReducerTwin):
+                run(model, optimizer, _batches(step, 1))
+            else:
+                _make_states(optimizer)
+            batches = _batches(step, plan.num_micro_batches)
             builder = TraceBuilder(rank=rank, world_size=plan.world_size, source="synth")
-            watcher = StepWatcher(builder, _groups(mesh), paths)
-            # The first step makes the optimizer's states and learns the order of the gradients; all others
-            # are like the second.
-            batches: list[Batch] = []
-            fewest = plan.pp if plan.virtual_stages > 1 or plan.schedule == "interleaved" else 1
-            for count, context in ((fewest, nullcontext()), (plan.num_micro_batches, watcher.watching())):
-                batches = [
-                    example_batch(step.objective, micro_batch=step.micro_batch, seq_length=step.seq_length)
-                    for _ in range(count)
-                ]
-                if not isinstance(context, nullcontext):
-                    watcher.hold([*_held(model, optimizer), *(value for batch in batches for value in batch.values())])
-                with context:
-                    train_step(
-                        model, optimizer, batches, mesh=mesh, max_grad_norm=step.max_grad_norm, precision=step.precision
-                    )
-            batch_bytes = sum(tensor.nbytes for tensor in batches[0].values())
+            watcher = StepWatcher(builder, _groups(mesh), {id(module): path for path, module in inner.named_modules()})
+            watcher.hold([*_held(model, optimizer), *(value for batch in batches for value in batch.values())])
+            with watcher.watching():
+                run(model, optimizer, batches)
+            batch_bytes = sum(value.nbytes for value in batches[0].values())
             held = watcher.memory.held_bytes - plan.num_micro_batches * batch_bytes
-            held += _buffer_bytes(inner) * (step.config.num_hidden_layers - config.num_hidden_layers)
-    nodes = list(builder.finish().nodes)
-    return captured(nodes, watcher.marks, plan, rank, held_bytes=held, batch_bytes=batch_bytes), kinds
+            missing = getattr(step.config, "num_hidden_layers", 0) - getattr(config, "num_hidden_layers", 0)
+            return _Told(
+                nodes=StoredNodes.of(builder.finish().nodes).framed().tobytes(),
+                marks=watcher.marks,
+                held_bytes=held + _buffer_bytes(inner) * missing,
+                batch_bytes=batch_bytes,
+                kinds=tensor_kinds(inner, shapes, plan),
+            )
+
+
+def _batches(step: Step, count: int) -> list[Batch]:
+    one = partial(example_batch, step.objective, micro_batch=step.micro_batch, seq_length=step.seq_length)
+    return [one() for _ in range(count)]
+
+
+def _make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make its states, as its first step does."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -294,7 +366,8 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     weights = [*model.parameters(), *model.buffers()]
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return [*weights, *gradients, *states]
+    buckets = model.buckets if isinstance(model, ReducerTwin) else []
+    return [*weights, *gradients, *states, *buckets]
 
 
 def _buffer_bytes(model: nn.Module) -> int:
