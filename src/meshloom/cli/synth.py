@@ -102,7 +102,7 @@ def write_traces(
     )
     folder = Path(out)
 
-    from meshloom.synth.folder import check_folder, write_folder
+    from meshloom.synth.folder import check_folder
 
     check_folder(folder, force=force)
 
@@ -126,12 +126,13 @@ def write_traces(
         model_name=model,
     )
     found = find_roles(step, stamped=not capture_all)
-    num_files, num_bytes = write_folder(folder, found.files(roles_only=roles), found.table() if roles else None)
+    num_bytes = found.write(folder, roles_only=roles)
     return {
         "folder": str(folder),
         "num_ranks": cut.world_size,
         "num_roles": len(found.roles),
-        "num_files": num_files,
+        "num_files": len(found.roles) if roles else cut.world_size,
+        "num_nodes": sum(role.num_nodes * (1 if roles else len(role.ranks)) for role in found.roles),
         "num_bytes": num_bytes,
         "nodes_per_rank": found.roles[0].num_nodes,
         "notes": list(found.notes),

@@ -276,9 +276,13 @@ class Pipeline(nn.Module):
             if by_any and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
+    def know_shapes(self, batch: Mapping[str, Tensor], flow: Flow) -> None:
+        """Batches of these shapes have the flow `flow`, which was found on one of them."""
+        self._known_shapes[_shapes_of(batch)] = flow.shapes
+
     def shapes(self, batch: Mapping[str, Tensor]) -> Mapping[Output, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes of what crosses borders for a batch of these shapes, from a fake forward of the whole model."""
-        key = tuple((name, tuple(value.shape)) for name, value in batch.items())
+        key = _shapes_of(batch)
         if key not in self._known_shapes:
             with _disable_current_modes():
                 example = {
@@ -459,6 +463,10 @@ def layer_costs(model: nn.Module, flow: Flow) -> list[float]:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     costs[-1] += sum(sizes[name] for name in flow.parameters[-1])
     return costs
+
+
+def _shapes_of(batch: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(value.shape)) for name, value in batch.items())
 
 
 def _is_fake(tensor: Tensor) -> bool:

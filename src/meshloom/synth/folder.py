@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,14 +20,6 @@ from meshloom.chakra.file import encode_facts
 from meshloom.errors import FolderError
 
 ROLES_FILE = "ranks.json"
-
-
-class TraceFile(NamedTuple):
-    """One file: its rank, the facts about it, its nodes as bytes (valid until the next one is asked for)."""
-
-    rank: int
-    facts: Mapping[str, Any]
-    nodes: NDArray[np.uint8]
 
 
 class RoleOfRanks(msgspec.Struct, frozen=True):
@@ -56,30 +48,18 @@ def _is_ours(name: str) -> bool:
     return name == ROLES_FILE or (name.startswith("rank") and name.endswith((".et", ".et.gz")))
 
 
-def write_folder(folder: Path, files: Iterable[TraceFile], roles: list[RoleOfRanks] | None = None) -> tuple[int, int]:
-    """Write the files (`rank<r>.et`), and `ranks.json` if there are `roles`; returns how many and how many bytes.
-
-    What stood at `folder` is replaced. Raises FolderError.
-    """
-    count = total = 0
-    with _whole_folder(folder) as part:
-        for file in files:
-            head = encode_facts(file.facts)
-            size = len(head) + file.nodes.nbytes
-            if count == 0 and shutil.disk_usage(part).free < size:
-                raise FolderError(f"{folder}: expected {size:,} bytes free for the first file; choose another --out")
-            with (part / f"rank{file.rank}.et").open("wb", buffering=0) as out:
-                for piece in (memoryview(head), file.nodes.data):
-                    while piece:
-                        piece = piece[out.write(piece) :]
-            count, total = count + 1, total + size
-        if roles is not None:
-            (part / ROLES_FILE).write_bytes(msgspec.json.encode(roles))
-    return count, total
+def write_file(folder: Path, rank: int, facts: Mapping[str, Any], nodes: NDArray[np.uint8]) -> int:
+    """Write `rank<r>.et` of these facts and nodes into the folder; returns its bytes."""
+    head = encode_facts(facts)
+    with (folder / f"rank{rank}.et").open("wb", buffering=0) as out:
+        for piece in (memoryview(head), nodes.data):
+            while piece:
+                piece = piece[out.write(piece) :]
+    return len(head) + nodes.nbytes
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its name at the end; whatever ends this before leaves nothing."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:

@@ -19,8 +19,11 @@ import torch
 Job = Callable[[], bytes]
 
 
-def run_all(jobs: Sequence[Job], *, num_processes: int) -> list[bytes]:
-    """What each job returns, in order; up to so many run at once. Raises what a job raises."""
+def run_all(jobs: Sequence[Job], *, num_processes: int, backward: bool = False) -> list[bytes]:
+    """What each job returns, in order; up to so many run at once. Raises what a job raises.
+
+    `backward`: whether they run backward, which a process cannot whose parent did so before.
+    """
     results: dict[int, bytes] = {}
     forks = sys.platform == "linux" and num_processes > 1
     running: dict[int, tuple[int, int]] = {}  # job -> (process, where its bytes come from)
@@ -29,7 +32,7 @@ def run_all(jobs: Sequence[Job], *, num_processes: int) -> list[bytes]:
         while waiting or running:
             while forks and len(running) < num_processes - 1 and len(waiting) > 1:
                 index = waiting.pop()
-                running[index] = _fork(jobs[index])
+                running[index] = _fork(jobs[index], backward)
             if waiting:
                 index = waiting.pop(0)
                 results[index] = jobs[index]()
@@ -57,7 +60,7 @@ def _collect(
         results[index] = data[1:] if data[:1] == b"+" else jobs[index]()
 
 
-def _fork(job: Job) -> tuple[int, int]:
+def _fork(job: Job, backward: bool) -> tuple[int, int]:
     """A process that runs the job, and the end of the pipe where its bytes come from, after a plus."""
     mine, theirs = os.pipe()
     sys.stdout.flush()
@@ -70,7 +73,8 @@ def _fork(job: Job) -> tuple[int, int]:
     try:
         gc.freeze()  # pages that are shared stay so
         os.close(mine)
-        torch.ones((), requires_grad=True).backward()  # fails where the parent ran backward before
+        if backward:
+            torch.ones((), requires_grad=True).backward()  # fails at once if it cannot be
         data = job()
         with os.fdopen(theirs, "wb") as file:
             file.write(b"+" + data)

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -30,12 +31,12 @@ from meshloom.model.step import Batch, Precision, make_optimizer, train_step
 from meshloom.parallel.apply import find_cut, parallelize
 from meshloom.parallel.data import ReducerTwin, data_parallel
 from meshloom.parallel.discover import Discovery
-from meshloom.parallel.flow import find_layers
+from meshloom.parallel.flow import Flow, find_layers, trace_flow
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline, Stages
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
-from meshloom.synth.folder import RoleOfRanks, TraceFile
+from meshloom.synth.folder import ROLES_FILE, RoleOfRanks, whole_folder, write_file
 from meshloom.synth.forked import run_all
 from meshloom.synth.image import Carry, Image, held_bytes, stamp
 from meshloom.synth.parts import Captured, NotAlike, captured, enough_micro_batches, parts_of, standing_for
@@ -118,17 +119,18 @@ class Roles:
     roles: tuple[Role, ...]
     notes: tuple[str, ...] = ()
 
-    def files(self, *, roles_only: bool = False) -> Iterator[TraceFile]:
-        """What is written for every rank, role by role; with `roles_only` for the first rank of each."""
-        for role in self.roles:
-            image = role.image()
-            for rank in role.ranks[:1] if roles_only else role.ranks:
-                more = {"role_size": len(role.ranks)} if roles_only else {}
-                yield TraceFile(rank, {**role.attrs(rank, image), **more}, image.turn_to(rank))
+    def write(self, folder: Path, *, roles_only: bool = False) -> int:
+        """Write every rank's file, or with `roles_only` that of each role's first rank and `ranks.json`.
 
-    def table(self) -> list[RoleOfRanks]:
-        """What `ranks.json` holds."""
-        return [RoleOfRanks(f"rank{role.ranks[0]}.et", role.ranks[0], list(role.ranks)) for role in self.roles]
+        What stood at `folder` is replaced. Returns how many bytes were written; raises FolderError.
+        """
+        with whole_folder(folder) as part:
+            jobs = [partial(_write_role, role, part, roles_only) for role in self.roles]
+            sizes = run_all(jobs, num_processes=_num_processes() - 1)
+            if roles_only:
+                table = [RoleOfRanks(f"rank{role.ranks[0]}.et", role.ranks[0], list(role.ranks)) for role in self.roles]
+                (part / ROLES_FILE).write_bytes(msgspec.json.encode(table))
+        return sum(int(size) for size in sizes)
 
     def traces(self) -> Iterator[tuple[int, Trace]]:
         """(rank, trace) of every rank, role by role."""
@@ -136,6 +138,16 @@ class Roles:
             image = role.image()
             for rank in role.ranks:
                 yield rank, role.trace(rank, image)
+
+
+def _write_role(role: Role, folder: Path, first_only: bool) -> bytes:
+    """Write the files of a role's ranks; how many bytes, as text."""
+    image = role.image()
+    total = 0
+    for rank in role.ranks[:1] if first_only else role.ranks:
+        more = {"role_size": len(role.ranks)} if first_only else {}
+        total += write_file(folder, rank, {**role.attrs(rank, image), **more}, image.turn_to(rank))
+    return str(total).encode()
 
 
 def synthesise(
@@ -235,18 +247,22 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str]) ->
         found, stages = _cut_of(model, probe, example, whole)
     if stages is not None and reduced.num_layers is not None:
         stages = stages_of(stages, reduced.num_layers)
+        # What crosses borders is the same on every rank, but where the sequence is cut.
+        batch = example_batch(step.objective, micro_batch=step.micro_batch, seq_length=step.seq_length, device=device)
+        flow = trace_flow(model, batch) if stages is not None and not plan.sequence_parallel else None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    given = _Given(cut=(found, stages), flow=flow, shapes=shapes)
     del model
 
     def capture(place: int, tensor: int) -> bytes:
-        return msgspec.msgpack.encode(_one_rank(step, config, plan, place, tensor, (found, stages), shapes))
+        return msgspec.msgpack.encode(_one_rank(step, config, plan, place, tensor, given))
 
     # Places of the pipeline first, at once; then other kinds of places of tp, where there are any.
     places = range(plan.pp)
-    firsts = run_all([partial(capture, place, 0) for place in places], num_processes=os.cpu_count() or 1)
+    firsts = run_all([partial(capture, place, 0) for place in places], num_processes=_num_processes(), backward=True)
     known = {(place, 0): _Told.decode(told) for place, told in zip(places, firsts)}
     others = [(place, kind) for place in places for kind in sorted({*known[place, 0].kinds} - {0})]
-    more = run_all([partial(capture, *other) for other in others], num_processes=os.cpu_count() or 1)
+    more = run_all([partial(capture, *other) for other in others], num_processes=_num_processes(), backward=True)
     known |= {other: _Told.decode(told) for other, told in zip(others, more)}
     steps = {key: told.captured(plan, *key) for key, told in known.items()}
     roles = []
@@ -271,6 +287,19 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str]) ->
                 )
             )
     return Roles(plan=whole, roles=tuple(roles), notes=tuple(notes))
+
+
+def _num_processes() -> int:
+    """One more than there are cores: three passes on two cores so end together."""
+    return 1 + (os.cpu_count() or 1)
+
+
+class _Given(NamedTuple):
+    """What every rank's pass needs, found once."""
+
+    cut: Cut
+    flow: Flow | None  # of a micro-batch through a pipeline
+    shapes: dict[str, tuple[int, ...]]  # of the whole parameters
 
 
 class _Told(msgspec.Struct, frozen=True):
@@ -307,9 +336,7 @@ def _facts(step: Step) -> dict[str, Any]:
     }
 
 
-def _one_rank(
-    step: Step, config: Any, plan: Plan, place: int, tensor: int, cut: Cut, shapes: dict[str, tuple[int, ...]]
-) -> _Told:
+def _one_rank(step: Step, config: Any, plan: Plan, place: int, tensor: int, given: _Given) -> _Told:
     """The step of the rank at these places of pp and tp of `plan`."""
     rank = plan.rank(pp=place, tp=tensor)
     with fake_world(rank, plan.world_size):
@@ -317,7 +344,7 @@ def _one_rank(
         with FakeTensorMode(allow_non_fake_inputs=True):
             example = example_batch(step.objective, micro_batch=1, seq_length=8)
             model = build_model(config, step.objective, seed=0)
-            model = parallelize(model, plan=plan, mesh=mesh, example=example, cut=cut).train()
+            model = parallelize(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
             inner = model.model if isinstance(model, Pipeline) else model
             # The learning rate is no matter here: nothing is computed.
             optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1, fused=step.fused)
@@ -330,6 +357,8 @@ def _one_rank(
             else:
                 _make_states(optimizer)
             batches = _batches(step, plan.num_micro_batches)
+            if isinstance(model, Pipeline) and given.flow is not None:
+                model.know_shapes(batches[0], given.flow)
             builder = TraceBuilder(rank=rank, world_size=plan.world_size, source="synth")
             watcher = StepWatcher(builder, _groups(mesh), {id(module): path for path, module in inner.named_modules()})
             watcher.hold([*_held(model, optimizer), *(value for batch in batches for value in batch.values())])
@@ -343,7 +372,7 @@ def _one_rank(
                 marks=watcher.marks,
                 held_bytes=held + _buffer_bytes(inner) * missing,
                 batch_bytes=batch_bytes,
-                kinds=tensor_kinds(inner, shapes, plan),
+                kinds=tensor_kinds(inner, given.shapes, plan),
             )
 
 
