@@ -134,6 +134,7 @@ def write_traces(
         "num_files": len(found.roles) if roles else cut.world_size,
         "num_nodes": sum(role.num_nodes * (1 if roles else len(role.ranks)) for role in found.roles),
         "num_bytes": num_bytes,
+        "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
         "nodes_per_rank": found.roles[0].num_nodes,
         "notes": list(found.notes),
     }

@@ -54,6 +54,7 @@ from meshloom.synth.reduced import (
 )
 from meshloom.synth.world import fake_world
 
+_PRODUCTS = ("gemm", "attention")
 _FEW_LAYERS = 3  # of a model that shows what the layers of a larger one cost
 
 
@@ -88,6 +89,15 @@ class Role:
         """How many nodes its traces have."""
         parts = parts_of(self.reduced.whole, self.place)
         return sum(len(self.step.parts[part.standing(self.standing)]) for part in parts)
+
+    @property
+    def num_flops(self) -> int:
+        """Floating-point operations of the products and attention of each of its ranks."""
+        of_part = {
+            part: sum(line.node.attrs["num_ops"] for line in lines if line.node.attrs.get("op_class") in _PRODUCTS)
+            for part, lines in self.step.parts.items()
+        }
+        return sum(of_part[part.standing(self.standing)] for part in parts_of(self.reduced.whole, self.place))
 
     def image(self) -> Image:
         """The nodes of its ranks' traces, as bytes."""
@@ -247,9 +257,10 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str]) ->
         found, stages = _cut_of(model, probe, example, whole)
     if stages is not None and reduced.num_layers is not None:
         stages = stages_of(stages, reduced.num_layers)
-        # What crosses borders is the same on every rank, but where the sequence is cut.
+    flow = None
+    if stages is not None and not plan.sequence_parallel:  # what crosses borders is then the same on every rank
         batch = example_batch(step.objective, micro_batch=step.micro_batch, seq_length=step.seq_length, device=device)
-        flow = trace_flow(model, batch) if stages is not None and not plan.sequence_parallel else None
+        flow = trace_flow(model, batch)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     given = _Given(cut=(found, stages), flow=flow, shapes=shapes)
     del model
