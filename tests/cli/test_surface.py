@@ -31,6 +31,11 @@ OPTIONS = {
     ],
     "data prepare": ["--force", "--json", "--out"],
     "tokenizer train": ["--data", "--json", "--kind", "--out", "--skip-bad-lines", "--text-field", "--vocab-size"],
+    "generate": [
+        "--batch-size", "--device", "--dtype", "--eos", "--ignore-eos", "--json", "--max-new-tokens", "--model",
+        "--num-input-tokens", "--plan", "--prompt", "--prompts-file", "--random-weights", "--seed", "--shard-cache",
+        "--temperature", "--tokenizer", "--top-k", "--top-p", "--trace", "--visualize-trace",
+    ],
     "launch": ["--plan", "--port", "--rank", "--timeout"],
     "capture": ["--json", "--out", "--rank"],
     "parallelize": ["--certify", "--dtype", "--explain", "--gradient-accumulation", "--layers", "--model",
@@ -86,6 +91,7 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 
 
 TRAIN = ("train", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--data", "sample", "--max-steps", "1")
+GENERATE = ("generate", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--random-weights", "--prompt", "Once")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,23 @@ TRAIN = ("train", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--data", "sam
         ((*TRAIN, "--seq-length", "257"), "expected at most 256"),
         ((*TRAIN, "--trace", "--trace-step", "2"), "expected at most --max-steps"),
         ((*TRAIN, "--trace", "--trace-active", "2"), "expected at most 1 steps"),
+        ((*GENERATE, "--prompt", ""), "prompt 2: expected at least one token, got an empty prompt"),
+        ((*GENERATE, "--prompt", "long" * 100), "prompt 2: expected at most 256 tokens"),
+        ((*GENERATE, "--max-new-tokens", "253"), "got 4 and --max-new-tokens 253"),
+        ((*GENERATE, "--top-p", "0"), "expected a number above 0 and at most 1"),
+        ((*GENERATE, "--top-p", "1.1"), "expected a number above 0 and at most 1"),
+        ((*GENERATE, "--top-k", "-1"), "expected a whole number of at least 0"),
+        ((*GENERATE, "--plan", "dp2"), "expected tp and pp only"),
+        ((*GENERATE, "--plan", "tp3"), "which tp3 does not divide"),
+        ((*GENERATE, "--trace", "full"), "expected a new or empty folder"),
+        ((*GENERATE, "--trace", "new", "--max-new-tokens", "1"), "expected at least 2, to record a decode step"),
+        ((*GENERATE, "--visualize-trace"), "expected --trace too"),
+        ((*GENERATE, "--prompts-file", "empty"), "expected at least one prompt, found none"),
+        ((*GENERATE, "--prompts-file", "missing"), "expected a file with a prompt a line"),
+        ((*GENERATE, "--prompts-file", "bad.jsonl"), "bad.jsonl:2: expected a text"),
+        ((*GENERATE[:5], "--prompt", "Once"), "expected a model with weights, found none"),
+        ((*GENERATE[:3], "--random-weights"), "expected --prompt, --prompts-file, or --num-input-tokens"),
+        (("generate", "--model", "small", *GENERATE[3:]), "expected at most 100 tokens, which is the model's vocab"),
         (("launch", "--rank", "2", "--plan", "dp2", "--", *TRAIN), "expected a rank from 0 to 1, got 2"),
         (("launch", "--rank", "0", "--plan", "dp2", "--", *TRAIN, "--plan", "dp2"), "expected --plan before -- only"),
         (("launch", "--rank", "0", "--plan", "dp2", "--", "synth"), "expected one of train after --, got 'synth'"),
@@ -161,6 +184,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "zero.json").write_text('{"data": []}')
     (tmp_path / "no-squad.json").write_text("no JSON")
     (tmp_path / "odd.json").write_text('{"model_type": "no-such-type"}')
+    (tmp_path / "bad.jsonl").write_text('"a prompt"\n{"text": 1}\n')
+    (tmp_path / "small").mkdir()
+    config = {"model_type": "gpt2", "vocab_size": 100, "n_layer": 1, "n_embd": 8, "n_head": 2}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
     before = sorted(tmp_path.rglob("*"))
     assert _run(list(arguments)) == 2
     said = capsys.readouterr().err

@@ -228,7 +228,10 @@ def _module_scopes(paths: Mapping[int, str]) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         if not scopes and id(module) not in known:
             root = module.module if isinstance(module, DistributedDataParallel) else module
-            known.update((id(inner), path) for path, inner in root.named_modules())
+            if paths and root is module:  # what stands around the model that was given, as a pipeline does
+                known[id(module)] = ""
+            else:
+                known.update((id(inner), path) for path, inner in root.named_modules())
         scope = record_function(MODULE + known.get(id(module), type(module).__name__))
         scopes.append(scope)
         scope.__enter__()

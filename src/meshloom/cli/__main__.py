@@ -19,6 +19,7 @@ from meshloom.errors import MeshloomError
 COMMANDS = {
     "demo": "The whole road in one go: train, trace, check, synthesise, simulate, report.",
     "train": "Train a model on a plan of ranks, and record a step if asked.",
+    "generate": "Continue prompts with a model on a plan of ranks, and record its steps if asked.",
     "launch": "Run one rank of a command in this terminal, so that a debugger works in it.",
     "runs": "List runs, and look into, stop or resume one.",
     "data": "Make data for training: mix sources by a recipe.",

@@ -92,6 +92,23 @@ def objective_of(config: Any) -> Objective:
     raise ModelError(f"model type {config.model_type!r}: expected a causal or masked language model")
 
 
+def eos_ids(model: str, config: Any, tokenizer: Any = None) -> frozenset[int]:
+    """The tokens that end a text: those of the folder's generation_config.json, else the config's or tokenizer's."""
+    file = Path(model) / "generation_config.json"
+    given = None
+    if file.is_file():
+        try:
+            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{file}: expected a JSON object, got '{error}'") from error
+    if given is None:
+        given = getattr(config, "eos_token_id", None)
+    if given is None:
+        given = getattr(tokenizer, "eos_token_id", None)
+    found = given if isinstance(given, list) else [given]
+    return frozenset(token for token in found if isinstance(token, int) and 0 <= token < config.vocab_size)
+
+
 def load_tokenizer(tokenizer: str) -> Any:
     """The HF tokenizer of a folder or hub id, or the built-in `bytes`; raises DataError, OfflineError."""
     if tokenizer == "bytes":

@@ -291,7 +291,9 @@ def _cut_vocabulary(model: nn.Module, vocabulary: Vocabulary, mesh: Mesh) -> Non
     _retie(model, made)
     for path, size in vocabulary.heads.items():
         rows = VocabularyPart(size=size, index=index, degree=degree, group=group)
-        CutVocabulary(rows).install_head(model, model.get_submodule(path))
+        cut = CutVocabulary(rows)
+        cut.install_head(model, model.get_submodule(path))
+        model.cut_head = cut  # type: ignore[assignment]
 
 
 def _replace(model: nn.Module, parts: Mapping[nn.Module, nn.Module]) -> None:

@@ -217,7 +217,7 @@ class Pipeline(nn.Module):
         return out
 
     def forward(self, stage: int, batch: Mapping[str, Tensor], received: Mapping[Output, Tensor]) -> list[Tensor]:
-        """What `stage` sends on, or [loss] of the last stage."""
+        """What `stage` sends on; of the last stage [loss], or [logits] of a batch without labels."""
         made: dict[Output, Tensor] = dict(received)
         self._running, self._called = (stage, received, made), 0
         try:
@@ -226,7 +226,7 @@ class Pipeline(nn.Module):
             return [made[output] for output in self.crossing[stage + 1]]
         finally:
             self._running = None
-        return [result.loss]
+        return [result.logits if result.loss is None else result.loss]
 
     # -- the schedule
 
