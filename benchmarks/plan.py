@@ -33,7 +33,8 @@ def measure(model_name: str, plan_text: str) -> dict[str, Any]:
 
     from meshloom.errors import PlanError
     from meshloom.model.build import build_model, example_batch, num_parameters
-    from meshloom.parallel.apply import explain, find_cut
+    from meshloom.parallel.apply import find_cut
+    from meshloom.parallel.explain import explain
     from meshloom.plan import Plan
 
     kind, sizes = MODELS[model_name]
@@ -49,7 +50,7 @@ def measure(model_name: str, plan_text: str) -> dict[str, Any]:
     try:
         example = example_batch("causal", micro_batch=1, seq_length=8, device="meta")
         found, stages = find_cut(model, Plan.parse(plan_text), example)
-        decisions = explain(found)
+        decisions = explain(found, Plan.parse(plan_text).tp)
         num_cut = sum(decision.style != "whole" for decision in decisions)
         told["found"] = f"{num_cut} of {len(decisions)} layers cut" if decisions else ""
         told["found"] += f"{', ' * bool(decisions)}{len(stages.layers)} stages" if stages else ""

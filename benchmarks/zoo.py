@@ -35,6 +35,7 @@ from zoo_configs import Size, batch, build, families
 KINDS = ("causal", "masked", "seq2seq")
 PLANS = ("tp2", "tp4", "pp2", "tp2.pp2.dp2")
 LARGEST_OWN = 5e-4  # more is no rounding: a value has crossed a border and the forward has gone another way
+MOST_OWN = 4  # times the single model's own rounding: the parallel one adds up in another order, once in each layer
 PATIENCE_S = 180  # for one family on one plan
 
 
@@ -55,12 +56,14 @@ def check_family(
         return {"result": "refused", "why": str(error)[:300]}
     batches = [batch(family, kind, config, seed + number) for number in range(plan.dp * plan.num_micro_batches)]
     told = certify(single, parallel, batches, mesh)
-    good, own = told.passes(TOLERANCE[dtype]), 0.0
-    if not good and dtype == torch.float32:
+    result, own = "passes" if told.passes(TOLERANCE[dtype]) else "wrong", 0.0
+    if result == "wrong" and dtype == torch.float32:
         own = rounding(single, batches)
-        good = own <= LARGEST_OWN and told.passes(2 * own)
+        exact = check_family(kind, family, plan, mesh, size, seed, torch.float64)
+        if exact["result"] == "passes" and own <= LARGEST_OWN and told.passes(MOST_OWN * own):
+            result = "rounding"
     return {
-        "result": "passes" if good else "wrong",
+        "result": result,
         "own": own,
         "loss": told.loss,
         "gradient": told.gradient,
@@ -98,7 +101,7 @@ def work(rank: int, plan_text: str, tasks: list[tuple[str, str]], folder: str, o
         everyone: list[Any] = [None] * plan.world_size
         dist.all_gather_object(everyone, told)
         if rank == 0:
-            order = ("wrong", "raised", "refused", "not built", "passes")
+            order = ("wrong", "raised", "refused", "not built", "rounding", "passes")
             worst = min(everyone, key=lambda item: order.index(item["result"]))
             with Path(folder, "results.jsonl").open("a") as file:
                 file.write(json.dumps({"kind": kind, "family": family, "plan": plan_text, **worst}) + "\n")
@@ -145,8 +148,10 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
 
 def table(results: list[dict[str, Any]]) -> str:
     """A line a kind and plan."""
+    names = ("passes", "rounding", "refused", "wrong", "raised", "not built")
     rows = [
-        "| heads | plan | families | pass | of them by own rounding | refused | wrong | raised | not built |",
+        "| heads | plan | families | within 2e-6 | equal in float64, further in float32 | refused | wrong | raised | "
+        "not built |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in KINDS:
@@ -154,16 +159,14 @@ def table(results: list[dict[str, Any]]) -> str:
             some = [item for item in results if item["kind"] == kind and item["plan"] == plan]
             if some:
                 counts = Counter(item["result"] for item in some)
-                by_own = sum(item["result"] == "passes" and item["own"] > 0 for item in some)
-                rest = [counts[name] for name in ("refused", "wrong", "raised", "not built")]
-                numbers = [counts["passes"], by_own, *rest]
-                rows.append(f"| {kind} | {plan} | {len(some)} | " + " | ".join(map(str, numbers)) + " |")
+                told = " | ".join(str(counts[name]) for name in names)
+                rows.append(f"| {kind} | {plan} | {len(some)} | {told} |")
     return "\n".join(rows)
 
 
-NOTE = f"""Passes: loss and every gradient within 2e-6 of the single model's in float32 (1e-12 in float64). Where the
-float32 gradients of the single model are further than that from its float64 ones, twice that distance is allowed, at
-most {2 * LARGEST_OWN:.0e}."""
+NOTE = f"""Within 2e-6: loss and every gradient against the single model's, in float32. Where that is missed, both
+run again in float64: if they are equal to 1e-12 there, and the float32 difference is at most {MOST_OWN} times that of
+the single model's own float32 gradients from its float64 ones, it is rounding. Everything else is wrong."""
 
 
 def main() -> None:
@@ -193,7 +196,7 @@ def main() -> None:
         return
     if options.verbose:
         for item in results:
-            if item["result"] != "passes" or item["own"] > 0:
+            if item["result"] != "passes":
                 told = item.get("why") or (
                     f"loss {item['loss']:.1e}, gradient {item['gradient']:.1e} of {item['parameter']}, "
                     f"own rounding {item['own']:.1e}"

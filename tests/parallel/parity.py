@@ -1,4 +1,4 @@
-"""Run by test_parity.py in a process of its own: a model on two tensor-parallel ranks against itself on one.
+"""Run by test_parity.py in a process of its own: a model on tensor-parallel ranks against itself on one.
 
 Prints a JSON line: for each family the losses and, for each parameter, its worst gradient error relative to the
 gradient's own scale.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, Olmo2Config, OPTConfig, PretrainedConfig
 
 from meshloom.model.build import build_model
 from meshloom.model.config import objective_of
@@ -28,6 +28,7 @@ from meshloom.parallel.mesh import make_mesh
 from meshloom.parallel.shard import shard_of
 from meshloom.plan import Plan
 
+UNEVEN = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 6, "hidden_size": 48}
 SMALL = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, PretrainedConfig | None] = {
     "gpt2": GPT2Config(vocab_size=101, n_layer=2, n_head=4, n_embd=32, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
@@ -38,6 +39,12 @@ FAMILIES: dict[str, PretrainedConfig | None] = {
     "llama, fewer key-value heads": LlamaConfig(**SMALL, hidden_size=32, intermediate_size=48, num_key_value_heads=2),
     "opt": OPTConfig(**SMALL, hidden_size=32, ffn_dim=64, dropout=0, word_embed_proj_dim=32),
     "plain": None,
+    "gpt2, uneven": GPT2Config(
+        vocab_size=101, n_layer=2, n_head=6, n_embd=48, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0, n_inner=37
+    ),
+    "llama, uneven": LlamaConfig(**UNEVEN, intermediate_size=33, num_key_value_heads=3),
+    "olmo2, uneven": Olmo2Config(**UNEVEN, intermediate_size=33, num_key_value_heads=3),
+    "llama, uneven groups": LlamaConfig(**UNEVEN, intermediate_size=33, num_key_value_heads=2),
 }  # fmt: skip
 
 
@@ -78,14 +85,13 @@ class _Sizes(TorchDispatchMode):
         return out
 
 
-def compare(out: str, plan: str, spoil: bool) -> None:
+def compare(out: str, plan: str, spoil: bool, families: list[str]) -> None:
     """On each rank; rank 0 writes what both found."""
     with rank_context("cpu") as device:
         mesh = make_mesh(Plan.parse(plan), device)
         found = {}
-        for name, config in FAMILIES.items():
-            if config is None and mesh.plan.sequence_parallel:
-                continue  # it has no layers
+        for name in families or FAMILIES:
+            config = FAMILIES[name]
             serial, cut = (Plain() if config is None else build_model(config, objective_of(config), seed=1)
                            for _ in range(2))  # fmt: skip
             serial, cut = serial.double(), parallelize(cut.double(), plan=mesh.plan, mesh=mesh)
@@ -108,7 +114,7 @@ def compare(out: str, plan: str, spoil: bool) -> None:
             errors = {}
             for path, parameter in cut.named_parameters():
                 whole, shard = wholes[path].grad, shard_of(parameter)
-                mine = whole if shard is None else shard.take(whole, mesh.index("tp"), 2)
+                mine = whole if shard is None else shard.take(whole, mesh.index("tp"), mesh.plan.tp)
                 # a gradient that is zero by symmetry (a key's bias) is compared to the model's scale
                 own = max(float(mine.abs().max()), 1e-6 * scale)
                 errors[path] = float((parameter.grad - mine).abs().max()) / own
@@ -126,6 +132,9 @@ def compare(out: str, plan: str, spoil: bool) -> None:
 
 
 if __name__ == "__main__":
+    target, plan, *rest = sys.argv[1:]
+    families = [name for name in rest if name != "--spoil"]
     run_ranks(
-        compare, sys.argv[1], sys.argv[2], "--spoil" in sys.argv, num_ranks=2, log_dir=Path(sys.argv[1]).parent / "logs"
-    )
+        compare, target, plan, "--spoil" in rest, families,
+        num_ranks=Plan.parse(plan).world_size, log_dir=Path(target).parent / "logs",
+    )  # fmt: skip

@@ -10,8 +10,10 @@ from torch.nn import functional
 from meshloom.errors import PlanError
 from meshloom.model.build import build_model
 from meshloom.model.config import load_config
-from meshloom.parallel.apply import check_plan, explain
-from meshloom.parallel.discover import Discovery, discover
+from meshloom.parallel.apply import check_plan
+from meshloom.parallel.discover import discover
+from meshloom.parallel.explain import explain
+from meshloom.parallel.pairs import Discovery
 from meshloom.parallel.shard import Shard
 from meshloom.plan import Plan
 
@@ -106,7 +108,7 @@ def _discover_meta(model: nn.Module) -> Discovery:
 @pytest.mark.parametrize(
     ("plan", "named"),
     [
-        ("tp5", "c_attn has 12 heads, which tp5 does not divide"),
+        ("tp13", "c_attn has 12 heads, fewer than the ranks of tp13; use tp12 or less"),
         ("pp13", "expected at least 13 layers"),
         ("cp2", "context parallel"),
         ("sp", "sequence parallel needs tensor parallel"),

@@ -17,11 +17,12 @@ from meshloom.parallel.answers import CannotFollow
 from meshloom.parallel.apply import check_plan, parallelize
 from meshloom.parallel.certify import certify, rounding
 from meshloom.parallel.data import data_parallel
-from meshloom.parallel.discover import Discovery, discover
+from meshloom.parallel.discover import discover
 from meshloom.parallel.fake import learn_answers
 from meshloom.parallel.flow import Output, trace_flow
 from meshloom.parallel.launch import rank_context, run_ranks
 from meshloom.parallel.mesh import make_mesh
+from meshloom.parallel.pairs import Discovery
 from meshloom.plan import Plan
 from tests.parallel import toys
 

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("parity.py")
-FAMILIES = ("gpt2", "bert", "llama, fewer key-value heads", "opt", "plain")
+FAMILIES = (
+    "gpt2", "bert", "llama, fewer key-value heads", "opt", "plain", "gpt2, uneven", "llama, uneven", "olmo2, uneven",
+    "llama, uneven groups",
+)  # fmt: skip
+WITH_SEQUENCE = tuple(name for name in FAMILIES if name not in ("plain", "olmo2, uneven"))  # no layers; a norm gathers
+ON_FOUR = ("gpt2, uneven", "llama, uneven groups")
 
 
 def _run(folder: Path, plan: str, *arguments: str) -> dict[str, Any]:
@@ -30,7 +35,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found_with_sequence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _run(tmp_path_factory.mktemp("parity"), "tp2.sp")
+    return _run(tmp_path_factory.mktemp("parity"), "tp2.sp", *WITH_SEQUENCE)
+
+
+@pytest.fixture(scope="module")
+def found_on_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _run(tmp_path_factory.mktemp("parity"), "tp4", *ON_FOUR)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,7 +48,7 @@ def test_tensor_parallel_equals_serial(found: dict[str, Any], family: str) -> No
     _equals_serial(found[family], family)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "plain"])
+@pytest.mark.parametrize("family", WITH_SEQUENCE)
 def test_sequence_parallel_equals_serial(found_with_sequence: dict[str, Any], family: str) -> None:
     told = found_with_sequence[family]
     _equals_serial(told, family)
@@ -61,6 +71,12 @@ def test_no_rank_holds_all_logits(found: dict[str, Any], family: str) -> None:
     assert found[family]["saw_whole_vocabulary"] == gathers
 
 
+@pytest.mark.parametrize("family", ON_FOUR)
+def test_heads_that_the_degree_does_not_divide(found_on_four: dict[str, Any], family: str) -> None:
+    """Six heads on four ranks: two of them hold two; with two key-value heads, each pair of ranks shares one."""
+    _equals_serial(found_on_four[family], family)
+
+
 def test_the_comparison_sees_a_wrong_shard(tmp_path: Path) -> None:
-    told = _run(tmp_path, "tp2", "--spoil")
+    told = _run(tmp_path, "tp2", "--spoil", *FAMILIES[:5])
     assert all(family["worst"] > 1e-4 for family in told.values())

@@ -29,6 +29,11 @@ _SHOWN = 12  # decisions printed without --explain
 @click.option("--schedule", type=click.Choice(["gpipe", "1f1b", "interleaved", "zero-bubble"]), default="1f1b",
               show_default=True, help="With pp: the order of a rank's passes.")  # fmt: skip
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
+@click.option(
+    "--styles",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A TOML table [styles] of module = column, row, vocabulary or whole: overrules what is found.",
+)
 @click.option("--explain", is_flag=True, help="Print every layer: how it is cut, and why.")
 @click.option("--certify", is_flag=True, help="Run it on real ranks, and hold loss and gradients to the single model.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
@@ -41,6 +46,7 @@ def command(
     gradient_accumulation: int | None,
     schedule: Any,
     virtual_stages: int,
+    styles: str | None,
     explain: bool,
     certify: bool,
     dtype: str,
@@ -68,12 +74,13 @@ def command(
 
     config = load_config(model)
     chosen: Any = objective or objective_of(config)
-    told = _decisions(config, chosen, cut)
+    written = _styles(styles)
+    told = _decisions(config, chosen, cut, written)
     _show(model, cut, told, everything=explain)
     result: dict[str, Any] = {"model": model, "plan": str(cut), **told}
     passed = True
     if certify:
-        result["certificate"] = certificate = _certificate(config, chosen, cut, dtype, layers)
+        result["certificate"] = certificate = _certificate(config, chosen, cut, written, dtype, layers)
         passed = certificate["passes"]
         click.echo(
             f"certificate ({dtype}{f', {layers} layers' if layers else ''}, dropout off): loss differs by "
@@ -88,17 +95,30 @@ def command(
     return 0 if passed else 1
 
 
-def _decisions(config: Any, objective: Any, plan: Plan) -> dict[str, Any]:
+def _styles(path: str | None) -> dict[str, str]:
+    """The plan written by hand, empty without one."""
+    if path is None:
+        return {}
+    from meshloom.parallel.written import read_styles
+
+    return read_styles(Path(path))
+
+
+def _decisions(config: Any, objective: Any, plan: Plan, styles: dict[str, str]) -> dict[str, Any]:
     """What becomes of each layer, found on a model without data."""
     from meshloom.model.build import build_model, example_batch, num_parameters
-    from meshloom.parallel.apply import explain, find_cut
+    from meshloom.parallel.apply import find_cut
+    from meshloom.parallel.explain import explain
+    from meshloom.parallel.written import differences
 
     model = build_model(config, objective, seed=0, device="meta")
     example = example_batch(objective, micro_batch=1, seq_length=8, device="meta")
-    found, stages = find_cut(model, plan, example)
+    found, stages = find_cut(model, plan, example, styles)
+    agree, differ = differences(model, found) if plan.tp > 1 else (0, {})
     return {
         "num_parameters": num_parameters(model),
-        "layers": [asdict(decision) for decision in explain(found)],
+        "layers": [asdict(decision) for decision in explain(found, plan.tp)],
+        "shipped_plan": {"agree": agree, "differ": differ},
         "summed_gradients": list(found.partial),
         "stages": [list(stage) for stage in stages.layers] if stages is not None else [],
     }
@@ -119,6 +139,12 @@ def _show(model: str, plan: Plan, told: dict[str, Any], *, everything: bool) -> 
         click.echo(f"  … and {len(rows) - _SHOWN} more: --explain shows all")
     if told["summed_gradients"] and everything:
         click.echo("  whole, gradients summed over tp: " + ", ".join(told["summed_gradients"]))
+    shipped = told["shipped_plan"]
+    if shipped["agree"] or shipped["differ"]:
+        entries = f"{shipped['agree']} of {shipped['agree'] + len(shipped['differ'])} entries"
+        click.echo(f"the plan that transformers ships for it: {entries} do as was found")
+        for pattern, difference in shipped["differ"].items():
+            click.echo(f"  {pattern}: {difference}")
     for number, stage in enumerate(told["stages"]):
         click.echo(
             f"stage {number} on pipeline rank {number % plan.pp}: {stage[0]} … {stage[-1]} ({len(stage)} layers)"
@@ -131,7 +157,9 @@ def _show(model: str, plan: Plan, told: dict[str, Any], *, everything: bool) -> 
         click.echo(draw(schedule))
 
 
-def _certificate(config: Any, objective: Any, plan: Plan, dtype: str, layers: int | None) -> dict[str, Any]:
+def _certificate(
+    config: Any, objective: Any, plan: Plan, styles: dict[str, str], dtype: str, layers: int | None
+) -> dict[str, Any]:
     from meshloom.parallel.launch import run_ranks
 
     if layers is not None:
@@ -142,13 +170,13 @@ def _certificate(config: Any, objective: Any, plan: Plan, dtype: str, layers: in
         if isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (config, objective, plan, dtype, folder)
+        arguments = (config, objective, plan, styles, dtype, folder)
         run_ranks(_certify_rank, *arguments, num_ranks=plan.world_size, log_dir=Path(folder) / "logs")
         told: dict[str, Any] = json.loads((Path(folder) / "certificate.json").read_text())
     return told
 
 
-def _certify_rank(config: Any, objective: Any, plan: Plan, dtype: str, folder: str) -> None:
+def _certify_rank(config: Any, objective: Any, plan: Plan, styles: dict[str, str], dtype: str, folder: str) -> None:
     """What each rank runs: both models from one seed, some batches, and the comparison."""
     import torch
 
@@ -164,7 +192,8 @@ def _certify_rank(config: Any, objective: Any, plan: Plan, dtype: str, folder: s
         mesh = make_mesh(plan, device)
         single, model = (build_model(config, objective, seed=0).to(kind) for _ in range(2))
         example = example_batch(objective, micro_batch=1, seq_length=8)
-        parallel = data_parallel(parallelize(model, plan=plan, mesh=mesh, example=example), mesh)
+        cut = parallelize(model, plan=plan, mesh=mesh, example=example, styles=styles)
+        parallel = data_parallel(cut, mesh)
         random = torch.Generator().manual_seed(0)
         batches = []
         for _ in range(plan.dp * plan.num_micro_batches):

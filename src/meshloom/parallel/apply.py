@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,15 @@ from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.borders import border_modules
 from meshloom.parallel.borders import install as install_sequence
-from meshloom.parallel.discover import Discovery, discover
+from meshloom.parallel.discover import discover
 from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
-from meshloom.parallel.fake import learn_answers, trouble_of_part
+from meshloom.parallel.fake import fake_copy, learn_answers, trouble_of_part
 from meshloom.parallel.fit import fit
 from meshloom.parallel.flow import find_layers
-from meshloom.parallel.gather import gather_around
+from meshloom.parallel.gather import Features, gather_around
 from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.pairs import Discovery, NoShare
 from meshloom.parallel.pipeline import Pipeline, Stages, find_stages
 from meshloom.parallel.recompute import recompute
 from meshloom.parallel.sequence import cut_sequence, sequence_example
@@ -30,16 +32,8 @@ from meshloom.parallel.shard import Shard, mark, shard_of
 from meshloom.parallel.styles import Part, cut_linear
 from meshloom.parallel.vocab import CutVocabulary
 from meshloom.parallel.vocab import Part as VocabularyPart
+from meshloom.parallel.written import apply_styles, check_names
 from meshloom.plan import Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What becomes of one linear layer, and why: style is column, row or whole."""
-
-    module: str
-    style: str
-    reason: str
 
 
 def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> Discovery:
@@ -47,21 +41,31 @@ def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> D
     return find_cut(model, plan, example)[0]
 
 
-def find_cut(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> tuple[Discovery, Stages | None]:
-    """How the layers are cut by `plan`, and its pipeline's stages if it has one; raises PlanError as `check_plan`."""
+def find_cut(
+    model: nn.Module, plan: Plan, example: Mapping[str, Tensor], styles: Mapping[str, str] | None = None
+) -> tuple[Discovery, Stages | None]:
+    """How the layers are cut by `plan`, and its pipeline's stages if it has one.
+
+    `styles` is a plan written by hand (`written.py`). Raises PlanError as `check_plan`, or naming an entry of `styles`.
+    """
+    check_names(styles or {})
     if plan.cp > 1:
         raise PlanError(f"plan {plan}: context parallel is not built yet; use cp1 and more dp or tp")
     if plan.sequence_parallel and plan.tp == 1:
         raise PlanError(f"plan {plan}: sequence parallel needs tensor parallel; write tp2.sp, or leave out sp")
     if plan.tp == plan.pp == 1:
         return Discovery(pairs=(), kept={}), None
+    if all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        with suppress(Exception):  # whatever a forward does on meta that it does not on fake tensors
+            return _found(model, plan, example, None, styles)
+        model = fake_copy(model)
     try:
-        return _found(model, plan, example, None)
+        return _found(model, plan, example, None, styles)
     except PlanError:
         raise
     except Exception as error:  # of other people's forwards: CannotFollow, or a fake tensor where it wants a number
         try:
-            return _found(model, plan, example, learn_answers(model, example))
+            return _found(model, plan, example, learn_answers(model, example), styles)
         except PlanError:
             raise
         except Exception as other:
@@ -71,7 +75,11 @@ def find_cut(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> tup
 
 
 def _found(
-    model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None
+    model: nn.Module,
+    plan: Plan,
+    example: Mapping[str, Tensor],
+    answers: Answers | None,
+    styles: Mapping[str, str] | None,
 ) -> tuple[Discovery, Stages | None]:
     stages = find_stages(model, plan, example, answers) if plan.pp > 1 else None
     if plan.tp == 1:
@@ -79,17 +87,16 @@ def _found(
     found = discover(model, example, answers)
     taken = {path for pair in found.pairs for path in (*pair.columns, *pair.rows)}
     found = replace(found, vocabulary=find_vocabulary(model, example, taken, answers))
+    if styles:
+        found = apply_styles(model, found, styles, plan)
     if not found.pairs and not found.cuts_vocabulary:
         why = next(iter(found.kept.items()), ("the model", "it has no linear layer"))
         raise PlanError(f"plan {plan}: expected layers that can be cut, found none ({why[0]}: {why[1]}); use tp1")
     for pair in found.pairs:
-        for path, units in pair.units.items():
-            if units % plan.tp and (pair.num_copies(path, plan.tp) == 1 or units == max(pair.units.values())):
-                what = "heads" if pair.num_units < pair.width else "features"
-                raise PlanError(
-                    f"plan {plan}: {path} has {units} {what}, which tp{plan.tp} does not divide; "
-                    f"use a divisor of {units}"
-                )
+        try:
+            pair.share(plan.tp)
+        except NoShare as error:
+            raise PlanError(f"plan {plan}: {error}") from error
     if found.pairs:
         found = fit(model, found, example, plan, _cut)
     if plan.sequence_parallel:
@@ -114,21 +121,23 @@ def parallelize(
     plan: Plan,
     mesh: Mesh,
     example: Mapping[str, Tensor] | None = None,
+    styles: Mapping[str, str] | None = None,
     cut: tuple[Discovery, Stages | None] | None = None,
 ) -> nn.Module:
     """Cut `model` in place for this rank of `mesh` and return it; raises PlanError if the plan cannot be taken.
 
-    `example` is a batch of one sequence that the forward accepts; by default eight token ids. `cut` is what `find_cut`
-    found on the same model, where that is known already.
+    `example` is a batch of one sequence that the forward accepts; by default eight token ids. `styles` overrules what
+    is found: a pattern of module paths -> column, row, vocabulary or whole. `cut` is what `find_cut` found on the same
+    model, where that is known already.
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
-    found, stages = cut or find_cut(model, plan, example)
+    found, stages = cut or find_cut(model, plan, example, styles)
     if found.pairs:
         _cut(model, found, mesh)
     for name in found.partial:  # such as the norm of each head
         model.get_parameter(name).register_hook(partial(sum_gradient, group=mesh.groups["tp"]))
-    for path, name, count in found.counts:
+    for path, name, count in found.counts[mesh.index("tp")] if found.counts else ():
         setattr(model.get_submodule(path), name, count)
     if found.sequence is not None:
         _install_sequence(model, found, example, plan, mesh)
@@ -141,30 +150,6 @@ def parallelize(
         model.depends_on_values = found.answers is not None  # type: ignore[assignment]
         return model
     return Pipeline(model, mesh=mesh, stages=stages, answers=found.answers)
-
-
-def explain(found: Discovery) -> list[Decision]:
-    """One decision a linear layer."""
-    decisions = []
-    for pair in found.pairs:
-        decisions += [Decision(module=path, style="column", reason=pair.reason) for path in pair.columns]
-        decisions += [Decision(module=path, style="row", reason=pair.reason) for path in pair.rows]
-    kept = dict(found.kept)
-    if found.vocabulary is not None:
-        kept |= found.vocabulary.kept
-        for path in (*found.vocabulary.embeddings, *found.vocabulary.heads):
-            kept.pop(path, None)
-            decisions.append(Decision(module=path, style="vocabulary", reason=_why_rows(found.vocabulary, path)))
-    return decisions + [Decision(module=path, style="whole", reason=why) for path, why in kept.items()]
-
-
-def _why_rows(vocabulary: Vocabulary, path: str) -> str:
-    if path in vocabulary.embeddings:
-        return f"each of its {vocabulary.embeddings[path]} rows serves one token; the ranks' rows are summed"
-    served = f"each of its {vocabulary.heads[path]} outputs serves one token"
-    if vocabulary.gathered_for:
-        return f"{served}; gathered for {vocabulary.gathered_for[0]}"
-    return f"{served}; they stay cut until the loss"
 
 
 def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
@@ -221,11 +206,14 @@ def _cut(model: nn.Module, found: Discovery, mesh: Mesh) -> None:
     made: dict[tuple[int, str, int], nn.Parameter] = {}  # layers that were tied stay tied
     for pair in pairs:
         styles = {**dict.fromkeys(pair.columns, "column"), **dict.fromkeys(pair.rows, "row")}
+        share = pair.share(degree)
         for path, style in styles.items():
             whole = model.get_submodule(path)
             num_blocks = pair.columns.get(path, 1)
             num_copies = pair.num_copies(path, degree) if style == "column" else 1
-            what = Part(num_blocks=num_blocks, num_copies=num_copies, group=group, index=index, degree=degree)
+            what = Part(
+                num_blocks=num_blocks, num_copies=num_copies, share=share, group=group, index=index, degree=degree
+            )
             part = cut_linear(style, whole, what)
             for name, parameter in list(part.named_parameters()):
                 key = id(getattr(whole, name)), style, num_blocks
@@ -235,22 +223,28 @@ def _cut(model: nn.Module, found: Discovery, mesh: Mesh) -> None:
             parts[whole] = part
     _replace(model, parts)
     _retie(model, {whole: parameter for (whole, _, _), parameter in made.items()})
-    for candidate in found.owned:
-        _cut_parameter(model, candidate.parameter, Shard(dim=candidate.dim), index, degree)
+    for candidate, sources in found.owned.items():
+        share = found.pair_of(sources).share(degree)
+        whole_size = model.get_parameter(candidate.parameter).size(candidate.dim)
+        shard = Shard(dim=candidate.dim, unit=whole_size // share.num_units, num_groups=share.num_groups)
+        _cut_parameter(model, candidate.parameter, shard, index, degree)
     for path, sources in found.gathered.items():
-        pair = next(pair for pair in pairs if sources & pair.columns.keys())
+        pair = found.pair_of(sources)
         num_copies = pair.num_copies(next(iter(sources & pair.columns.keys())), degree)
-        gather_around(model.get_submodule(path), group, index, degree, num_copies)
+        held = [1] * degree if num_copies > 1 else [pair.share(degree).held(rank, degree) for rank in range(degree)]
+        gather_around(model.get_submodule(path), Features(group=group, index=index, held=held, num_copies=num_copies))
 
 
 def _install_sequence(
     model: nn.Module, found: Discovery, example: Mapping[str, Tensor], plan: Plan, mesh: Mesh
 ) -> None:
-    cut = found.sequence
+    cut, index = found.sequence, mesh.index("tp")
     install_sequence(model, cut, mesh.groups["tp"])
     for name in cut.partial:
         model.get_parameter(name).register_hook(partial(sum_gradient, group=mesh.groups["tp"]))
-    told = trouble_of_part(model, sequence_example(example, plan.tp), replace(found, seen=cut.seen).shapes(plan.tp))
+    told = trouble_of_part(
+        model, sequence_example(example, plan.tp), replace(found, seen=cut.seen).shapes(index, plan.tp)
+    )
     if told:
         raise PlanError(f"plan {plan}: the forward does not run on a rank's part of the sequence: {told}; leave out sp")
 

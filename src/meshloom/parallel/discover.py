@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,100 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from meshloom.parallel import owned
 from meshloom.parallel.answers import Answers
-from meshloom.parallel.embeddings import Vocabulary
-from meshloom.parallel.fake import Seen, run_fake, tensors_among
+from meshloom.parallel.fake import run_fake, tensors_among
 from meshloom.parallel.flow import find_layers
 from meshloom.parallel.outside import Outside, until_each_kind_ran
+from meshloom.parallel.pairs import Discovery, Pair
 from meshloom.parallel.styles import linear_shape
-from meshloom.parallel.trail import RULES, SEQUENCE, Candidate, Cut, Rule, Trail, Whole, pointwise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Layers that are cut together: `columns` by output features, `rows` by input features.
-
-    `num_blocks`: into how many equal blocks each column's output is fused; `num_units`: how many units (heads, or
-    single features) the degree must divide.
-    """
-
-    columns: Mapping[str, int]  # path -> num_blocks
-    rows: tuple[str, ...]
-    num_units: int
-    width: int  # features of one block
-    reason: str
-    units: Mapping[str, int]  # column -> how many units it has by itself: key and value may have fewer heads than query
-
-    def num_copies(self, column: str, degree: int) -> int:
-        """How many neighbouring ranks share a part of the column, because it has fewer units than there are ranks."""
-        units = self.units[column]
-        return degree // units if units < degree and degree % units == 0 else 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Discovery:
-    """What can be cut, and each linear layer that stays whole with the reason."""
-
-    pairs: tuple[Pair, ...]
-    kept: Mapping[str, str]
-    # whole parameters that meet a rank's part only, of which columns: their gradients must be summed
-    partial: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    # small modules that need all features of the columns whose output they get, such as a norm over all heads
-    gathered: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    owned: Mapping[Candidate, frozenset[str]] = field(
-        default_factory=dict
-    )  # dims of parameters cut with what they meet
-    counts: tuple[tuple[str, str, int], ...] = ()  # module, attribute, and what it counts on a rank
-    answers: Answers | None = None  # of a forward that decides by values
-    vocabulary: Vocabulary | None = None
-    sequence: Any = None  # a SequenceCut, if the plan asks for one
-    # ops: name, shape of a result, its cut, and the gathered module that it is of
-    seen: tuple[tuple[str, tuple[int, ...] | None, Cut | None, str], ...] = ()
-
-    @property
-    def cuts_vocabulary(self) -> bool:
-        """Whether an embedding or head is cut by rows of the vocabulary."""
-        return self.vocabulary is not None and bool(self.vocabulary.embeddings or self.vocabulary.heads)
-
-    def only(self, pairs: Sequence[Pair], why: Mapping[str, str]) -> Discovery:
-        """The same with these pairs alone; the layers of the others stay whole, for the reason of their first."""
-        columns = {path for pair in pairs for path in pair.columns}
-        dropped = {
-            path: why[next(iter(pair.columns))]
-            for pair in self.pairs
-            if pair not in pairs
-            for path in (*pair.columns, *pair.rows)
-        }
-        return replace(
-            self,
-            pairs=tuple(pairs),
-            kept={**dropped, **self.kept},
-            partial={name: met for name, met in self.partial.items() if met & columns},
-            gathered={path: met for path, met in self.gathered.items() if met & columns},
-            owned={candidate: met for candidate, met in self.owned.items() if met <= columns},
-        )
-
-    def shapes(self, degree: int) -> list[Seen]:
-        """What the forward must do on one of `degree` parts: the same, with each cut dim divided.
-
-        Heads that ranks share are repeated less often there, or not at all; what they then meet is held to its shape.
-        """
-        columns = {SEQUENCE, *(path for pair in self.pairs for path in pair.columns)}
-        copied = {path for pair in self.pairs for path in pair.columns if pair.num_copies(path, degree) > 1}
-        return [
-            Seen(op, None, optional=True)
-            if cut and cut.sources <= copied
-            else Seen(
-                op,
-                shape
-                and tuple(
-                    size // degree if cut and cut.sources <= columns and dim == cut.dim else size
-                    for dim, size in enumerate(shape)
-                ),
-                optional=op == "clone",  # a single head needs none to be contiguous
-            )
-            for op, shape, cut, within in self.seen
-            if within not in self.gathered
-        ]
+from meshloom.parallel.trail import RULES, SEQUENCE, Cut, Rule, Trail, Whole, pointwise
 
 
 def discover(model: nn.Module, example: Mapping[str, Tensor], answers: Answers | None = None) -> Discovery:

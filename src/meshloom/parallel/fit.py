@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from meshloom.errors import PlanError
-from meshloom.parallel.discover import Discovery, Pair
-from meshloom.parallel.fake import fake_copy, trouble_of_part
+from meshloom.parallel.fake import dataless_copy, trouble_of_part
 from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.pairs import Counts, Discovery, Pair
 from meshloom.plan import Plan
 
 _MOST_LEFT_OUT = 2  # numbers of a module that are equal to a count by chance; each more doubles the tries
 
-Counts = tuple[tuple[str, str, int], ...]
 Cutter = Callable[[nn.Module, Discovery, Mesh], None]
 
 
@@ -60,21 +59,32 @@ def why_of(found: Discovery, reason: str) -> dict[str, str]:
 
 def _trouble(
     model: nn.Module, found: Discovery, example: Mapping[str, Tensor], plan: Plan, cut: Cutter
-) -> tuple[str, Counts]:
-    """What the forward of a rank's part does otherwise than it must, empty if nothing; and its counts."""
-    part = fake_copy(model)
-    cut(part, found, _mesh_of_one(plan))
-    expected = found.shapes(plan.tp)
-    told = trouble_of_part(part, example, expected, found.answers)
-    return _fit_counts(part, found, example, plan.tp, told) if told else ("", ())
+) -> tuple[str, tuple[Counts, ...]]:
+    """What the forward of a rank's part does otherwise than it must, empty if nothing; and the counts of every rank.
+
+    Ranks that hold equally many units do alike: one of them is tried.
+    """
+    tried: dict[tuple[int, ...], Counts] = {}
+    for index in range(plan.tp):
+        held = found.held(index, plan.tp)
+        if held in tried:
+            continue
+        part = dataless_copy(model)
+        cut(part, found, _mesh_of_one(plan, index))
+        told = trouble_of_part(part, example, found.shapes(index, plan.tp), found.answers)
+        told, counts = _fit_counts(part, found, example, index, plan.tp, told) if told else ("", ())
+        if told:
+            return told, ()
+        tried[held] = counts
+    return "", tuple(tried[found.held(index, plan.tp)] for index in range(plan.tp))
 
 
-def _mesh_of_one(plan: Plan) -> Mesh:
-    """The mesh of the first rank without processes: on fake tensors nothing is sent."""
+def _mesh_of_one(plan: Plan, index: int) -> Mesh:
+    """The mesh of one rank without processes: on fake tensors nothing is sent."""
     group: Any = SimpleNamespace(group_name="none", size=lambda: plan.tp)
     alone = Plan(tp=plan.tp)
     parts: Any = _Always(group)
-    return Mesh(plan=alone, rank=0, device=torch.device("meta"), groups={"tp": group}, parts=parts)
+    return Mesh(plan=alone, rank=index, device=torch.device("meta"), groups={"tp": group}, parts=parts)
 
 
 class _Always(dict[Any, Any]):
@@ -92,7 +102,7 @@ class _Always(dict[Any, Any]):
 
 
 def _fit_counts(
-    part: nn.Module, found: Discovery, example: Mapping[str, Tensor], degree: int, trouble: str
+    part: nn.Module, found: Discovery, example: Mapping[str, Tensor], index: int, degree: int, trouble: str
 ) -> tuple[str, Counts]:
     """The forward reshapes or splits by numbers of its own, which must now count this rank's part.
 
@@ -103,14 +113,15 @@ def _fit_counts(
         (path, owner, name, getattr(owner, name), value)
         for pair in found.pairs
         for path, owner in _owners(part, [*pair.columns, *pair.rows])
-        for name, value in _counts(owner, pair, degree).items()
+        for name, value in _counts(owner, pair, index, degree).items()
     ]
     names = sorted({name for _, _, name, _, _ in places})
+    expected = found.shapes(index, degree)
     for left_out in range(min(len(names), _MOST_LEFT_OUT + 1)):
         for kept in combinations(names, len(names) - left_out):
             for _, owner, name, before, after in places:
                 setattr(owner, name, after if name in kept else before)
-            told = trouble_of_part(part, example, found.shapes(degree), found.answers)
+            told = trouble_of_part(part, example, expected, found.answers)
             if not told:
                 return "", tuple((path, name, after) for path, _, name, _, after in places if name in kept)
             trouble = trouble if left_out else told  # what all of them give says most
@@ -125,7 +136,7 @@ def _owners(model: nn.Module, paths: list[str]) -> list[tuple[str, nn.Module]]:
     return [(path, model.get_submodule(path)) for path in sorted(between)]
 
 
-def _counts(owner: nn.Module, pair: Pair, degree: int) -> dict[str, int]:
+def _counts(owner: nn.Module, pair: Pair, index: int, degree: int) -> dict[str, int]:
     """The owner's own numbers that count cut heads or features, with what they are on a rank: its forward reshapes and
     splits by them. Where ranks share heads, so do the number of those and how often they are repeated.
 
@@ -133,14 +144,14 @@ def _counts(owner: nn.Module, pair: Pair, degree: int) -> dict[str, int]:
     """
     most = max(pair.units.values())
     head_size = pair.width // most
+    share = pair.share(degree)
     divided: dict[int, int] = {}
     for path, units in pair.units.items():
-        copies = pair.num_copies(path, degree)
-        if copies > 1:
-            divided |= {most // units: most // units // copies, units: 1, units * head_size: head_size}
-    divided |= {most: most // degree} if most < pair.width else {}
-    divided |= {units: units // degree for units in pair.units.values() if not units % degree and units < pair.width}
-    divided |= {pair.width: pair.width // degree}
+        if pair.num_copies(path, degree) > 1:
+            divided |= {most // units: share.of(most, index, degree), units: 1, units * head_size: head_size}
+    own = {units for path, units in pair.units.items() if pair.num_copies(path, degree) == 1 and units < pair.width}
+    divided |= {units: share.of(units, index, degree) for units in sorted(own)}
+    divided |= {pair.width: share.of(pair.width, index, degree)}
     numbers = {name: value for name, value in vars(owner).items() if type(value) is int and value in divided}
     return {
         name: divided[value]

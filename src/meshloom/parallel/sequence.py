@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from meshloom.errors import PlanError
-from meshloom.parallel.discover import Follow, Pair, depart
+from meshloom.parallel.discover import Follow, depart
 from meshloom.parallel.fake import run_fake
 from meshloom.parallel.flow import trace_flow
 from meshloom.parallel.outside import Outside
+from meshloom.parallel.pairs import Pair
 from meshloom.parallel.styles import linear_shape
 from meshloom.parallel.trail import SEQUENCE, Cut, Trail, Whole
 

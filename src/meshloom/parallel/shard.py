@@ -15,21 +15,25 @@ class Shard:
 
     A fused query-key-value weight has three blocks: each rank holds its part of all three. Where there are fewer heads
     than ranks, `num_copies` neighbours hold the same part. A unit of `unit` entries, such as a head, is never divided;
-    where the degree does not divide the units, the first ranks hold one more.
+    where the degree does not divide the units, the first ranks hold one more. A block may fall into `num_groups`
+    groups, each of them divided among as many ranks of its own.
     """
 
     dim: int
     num_blocks: int = 1
     num_copies: int = 1
     unit: int = 1
+    num_groups: int = 1
 
     def ranges(self, size: int, index: int, degree: int) -> list[tuple[int, int]]:
         """The ranges (begin, end) of a dim of `size` entries that part `index` of `degree` holds, one a block."""
-        degree, index = degree // self.num_copies, index // self.num_copies
+        ranks = degree // self.num_copies // self.num_groups
+        group, place = divmod(index // self.num_copies, ranks)
         block = size // self.num_blocks
-        each, more = divmod(block // self.unit, degree)
-        begin = (index * each + min(index, more)) * self.unit
-        end = begin + (each + (index < more)) * self.unit
+        units = block // self.num_groups // self.unit
+        each, more = divmod(units, ranks)
+        begin = (group * units + place * each + min(place, more)) * self.unit
+        end = begin + (each + (place < more)) * self.unit
         return [(number * block + begin, number * block + end) for number in range(self.num_blocks)]
 
     def shape(self, shape: Sequence[int], index: int, degree: int) -> tuple[int, ...]:
@@ -49,6 +53,28 @@ class Shard:
         """The whole of all parts, in the order of their ranks. The inverse of `take`."""
         pieces = [part.chunk(self.num_blocks, dim=self.dim) for part in parts[:: self.num_copies]]
         return torch.cat([piece for block in zip(*pieces, strict=True) for piece in block], dim=self.dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """How many of `num_units` heads or features each rank holds: alike, or the first ranks one more.
+
+    Where fewer keys and values than ranks are shared by neighbours, the units come in `num_groups` groups, each divided
+    among the ranks that share its key.
+    """
+
+    num_units: int
+    num_groups: int = 1
+
+    def held(self, index: int, degree: int) -> int:
+        """The units of rank `index` of `degree`."""
+        ranks = degree // self.num_groups
+        each, more = divmod(self.num_units // self.num_groups, ranks)
+        return each + (index % ranks < more)
+
+    def of(self, size: int, index: int, degree: int) -> int:
+        """What is left on rank `index` of a dim of `size` entries."""
+        return size * self.held(index, degree) // self.num_units
 
 
 def shard_of(parameter: Tensor) -> Shard | None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshloom.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from meshloom.parallel.shard import Shard, mark
+from meshloom.parallel.shard import Shard, Share, mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +34,28 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Which part of a layer a rank takes: of `num_blocks` blocks part `index` of `degree`, shared by `num_copies`."""
+    """Which part of a layer a rank takes: of `num_blocks` blocks part `index` of `degree`, shared by `num_copies`.
+
+    `share` says how many of the features' units each rank holds; without it they are divided one by one.
+    """
 
     num_blocks: int
     num_copies: int
+    share: Share | None = None
     group: dist.ProcessGroup
     index: int
     degree: int
+
+    def shard(self, dim: int, size: int) -> Shard:
+        """How a parameter of `size` entries in `dim` is cut there."""
+        block = size // self.num_blocks
+        if self.num_copies > 1:
+            unit = block // (self.degree // self.num_copies)
+            return Shard(dim=dim, num_blocks=self.num_blocks, num_copies=self.num_copies, unit=unit)
+        if self.share is None:
+            return Shard(dim=dim, num_blocks=self.num_blocks)
+        unit = block // self.share.num_units
+        return Shard(dim=dim, num_blocks=self.num_blocks, unit=unit, num_groups=self.share.num_groups)
 
 
 Style = Callable[[nn.Module, LinearShape, Part], nn.Module]
@@ -48,8 +63,8 @@ Style = Callable[[nn.Module, LinearShape, Part], nn.Module]
 
 def _column(module: Any, shape: LinearShape, part: Part) -> nn.Module:
     index, degree = part.index, part.degree
-    weight_shard = Shard(dim=1 if shape.input_major else 0, num_blocks=part.num_blocks, num_copies=part.num_copies)
-    bias_shard = Shard(dim=0, num_blocks=part.num_blocks, num_copies=part.num_copies)
+    weight_shard = part.shard(1 if shape.input_major else 0, shape.out_features)
+    bias_shard = part.shard(0, shape.out_features)
     bias = None if module.bias is None else bias_shard.take(module.bias.detach(), index, degree)
     weight = weight_shard.take(module.weight.detach(), index, degree)
     cut = ColumnParallelLinear(weight, bias, part.group, shape.input_major)
@@ -60,7 +75,7 @@ def _column(module: Any, shape: LinearShape, part: Part) -> nn.Module:
 
 
 def _row(module: Any, shape: LinearShape, part: Part) -> nn.Module:
-    shard = Shard(dim=0 if shape.input_major else 1, num_blocks=part.num_blocks)
+    shard = part.shard(0 if shape.input_major else 1, shape.in_features)
     bias = None if module.bias is None else module.bias.detach().clone()
     weight = shard.take(module.weight.detach(), part.index, part.degree)
     cut = RowParallelLinear(weight, bias, part.group, shape.input_major)
