@@ -31,6 +31,7 @@ from meshloom.model.step import Batch, Precision, make_optimizer, train_step
 from meshloom.parallel.apply import find_cut, parallelize
 from meshloom.parallel.data import ReducerTwin, data_parallel
 from meshloom.parallel.discover import Discovery
+from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, find_layers, trace_flow
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline, Stages
@@ -260,7 +261,7 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str]) ->
     flow = None
     if stages is not None and not plan.sequence_parallel:  # what crosses borders is then the same on every rank
         batch = example_batch(step.objective, micro_batch=step.micro_batch, seq_length=step.seq_length, device=device)
-        flow = trace_flow(model, batch)
+        flow = trace_flow(fake_copy(model), batch)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     given = _Given(cut=(found, stages), flow=flow, shapes=shapes)
     del model
