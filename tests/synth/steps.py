@@ -11,10 +11,10 @@ from meshloom.model.config import objective_of
 from meshloom.plan import Plan
 from meshloom.synth.roles import Step
 
-TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 
 
-def config(kind: str, layers: int = 4, width: int = 32, vocabulary: int = 101) -> Any:
+def config(kind: str, layers: int = 4, width: int = 32, vocabulary: int = 101, **more: Any) -> Any:
     """A model of `width` features, 4 heads and a vocabulary that 2 does not divide."""
     if kind == "gpt2":
         return AutoConfig.for_model(
@@ -28,7 +28,9 @@ def config(kind: str, layers: int = 4, width: int = 32, vocabulary: int = 101) -
         "vocab_size": vocabulary,
         "max_position_embeddings": 64,
     }
-    return AutoConfig.for_model(kind, **sizes, **(TOKENS | {"num_key_value_heads": 2} if kind == "llama" else {}))
+    if kind == "llama":
+        more = {"num_key_value_heads": 2} | more
+    return AutoConfig.for_model(kind, **sizes, **({} if kind == "bert" else TOKENS), **more)
 
 
 def step(kind: str, plan: str, micro_batches: int, layers: int = 4, **more: Any) -> Step:

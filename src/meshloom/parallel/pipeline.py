@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers
+from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, Output, held, trace_flow
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.schedule import SCHEDULES, Action, play
@@ -278,17 +279,21 @@ class Pipeline(nn.Module):
 
     def know_shapes(self, batch: Mapping[str, Tensor], flow: Flow) -> None:
         """Batches of these shapes have the flow `flow`, which was found on one of them."""
-        self._known_shapes[_shapes_of(batch)] = flow.shapes
+        self._known_shapes[tuple((name, tuple(value.shape)) for name, value in batch.items())] = flow.shapes
 
     def shapes(self, batch: Mapping[str, Tensor]) -> Mapping[Output, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes of what crosses borders for a batch of these shapes, from a fake forward of the whole model."""
-        key = _shapes_of(batch)
+        key = tuple((name, tuple(value.shape)) for name, value in batch.items())
         if key not in self._known_shapes:
             with _disable_current_modes():
                 example = {
                     name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in batch.items()
                 }
-                self._known_shapes[key] = trace_flow(self._skeleton[0], example).shapes
+                try:
+                    flow = trace_flow(self._skeleton[0], example)
+                except Exception:  # whatever a forward does on meta that it does not on fake tensors
+                    flow = trace_flow(fake_copy(self._skeleton[0]), example)
+                self._known_shapes[key] = flow.shapes
         return self._known_shapes[key]
 
 
@@ -311,8 +316,7 @@ class _Runner:
 
     def act(self, action: Action) -> None:
         """Run one action of the schedule."""
-        # what has left need not be held; nothing ever leaves where tensors are fake
-        self.pending = [(work, sent) for work, sent in self.pending if not (_is_fake(sent) or work.is_completed())]
+        self.pending = [(work, sent) for work, sent in self.pending if not work.is_completed()]  # that need not be held
         if action.kind == "forward":
             with self.phase("forward"):
                 self._forward(action.stage, action.micro_batch)
@@ -412,7 +416,8 @@ class _Runner:
         tensor = tensor.contiguous()
         with record_function(f"{MESSAGE}{self.mesh.rank}>{peer}"):
             work = dist.isend(tensor, dst=peer, group=group, tag=self._tag(stage, mb, place))
-        self.pending.append((work, tensor))
+        if not isinstance(tensor, FakeTensor):  # which never leaves, and need not be held
+            self.pending.append((work, tensor))
 
     def _receive(self, tensor: Tensor, stage: int, mb: int, place: int, group: dist.ProcessGroup) -> None:
         peer = self.ranks[stage % len(self.ranks)]
@@ -463,14 +468,6 @@ def layer_costs(model: nn.Module, flow: Flow) -> list[float]:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     costs[-1] += sum(sizes[name] for name in flow.parameters[-1])
     return costs
-
-
-def _shapes_of(batch: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((name, tuple(value.shape)) for name, value in batch.items())
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor)
 
 
 def _hollow(parameter: Tensor) -> Tensor:

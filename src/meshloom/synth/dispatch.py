@@ -65,7 +65,7 @@ class StepWatcher(TorchDispatchMode):
         self.memory = Memory()
         self._scopes: list[str] = []
         self._next: Callable[..., int] | None = None  # adds the node that was seen last, once it is known what it frees
-        self._num_nodes = 0
+        self._num_nodes = self._released = 0
         self._modules: list[str] = []
         self._made_in: tuple[list[int], list[str]] = ([], [])  # autograd sequence number from which -> module
 
@@ -153,9 +153,10 @@ class StepWatcher(TorchDispatchMode):
         self._num_nodes += 1
 
     def _flush(self) -> None:
-        released = self.memory.released()
+        self._released += self.memory.released()
         if self._next is not None:
-            self._next(memory_released=released or "")
+            self._next(memory_released=self._released or "")
+            self._released = 0
         self._next = None
 
     def _compute(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
