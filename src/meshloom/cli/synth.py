@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def command(as_json: bool, **options: Any) -> None:
       meshloom synth --model gpt3.json --plan tp8.pp16.dp64 --micro-batch 1 --global-batch 1536 \\
           --seq-length 2048 --roles --out synth.gpt3
     """
-    told = write_traces(**options)
+    told = write_traces(forks=True, **options)
     if as_json:
         click.echo(json.dumps(told))
         return
@@ -90,8 +91,9 @@ def write_traces(
     roles: bool = False,
     capture_all: bool = False,
     force: bool = False,
+    forks: bool = False,
 ) -> dict[str, Any]:
-    """Write the traces as the command does; returns what it prints as JSON."""
+    """Write the traces as the command does; returns what it prints as JSON. `forks`: the process does nothing else."""
     cut = Plan.parse(plan)
     cut = replace(
         cut,
@@ -125,8 +127,10 @@ def write_traces(
         fused=not no_fused,
         model_name=model,
     )
-    found = find_roles(step, stamped=not capture_all)
-    num_bytes = found.write(folder, roles_only=roles)
+    cores = os.cpu_count() or 1
+    # a pass more than there are cores: three on two so end together
+    found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
+    num_bytes = found.write(folder, roles_only=roles, num_processes=cores if forks else 1)
     return {
         "folder": str(folder),
         "num_ranks": cut.world_size,

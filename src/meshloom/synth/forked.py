@@ -1,7 +1,7 @@
 """Several independent passes at once: each in a process of its own, forked after everything is imported.
 
-What a process found comes back as bytes. Where a process cannot be forked, or cannot run backward because its parent
-did so before it, the parent runs the pass itself.
+What a process found comes back as bytes. The parent itself runs none of them while others do: a process cannot run
+backward whose parent did so before it.
 """
 
 from __future__ import annotations
@@ -14,53 +14,49 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import torch
-
 Job = Callable[[], bytes]
 
 
-def run_all(jobs: Sequence[Job], *, num_processes: int, backward: bool = False) -> list[bytes]:
-    """What each job returns, in order; up to so many run at once. Raises what a job raises.
+def run_all(jobs: Sequence[Job], *, num_processes: int) -> list[bytes]:
+    """What each job returns, in order; up to so many run at once, or all in this process if that is 1.
 
-    `backward`: whether they run backward, which a process cannot whose parent did so before.
+    Raises what a job raises. A process that did run backward, or has threads, must not ask for more than 1.
     """
+    if sys.platform != "linux" or num_processes == 1 or len(jobs) == 1:
+        return [job() for job in jobs]
     results: dict[int, bytes] = {}
-    forks = sys.platform == "linux" and num_processes > 1
     running: dict[int, tuple[int, int]] = {}  # job -> (process, where its bytes come from)
     waiting = list(range(len(jobs)))
     try:
         while waiting or running:
-            while forks and len(running) < num_processes - 1 and len(waiting) > 1:
-                index = waiting.pop()
-                running[index] = _fork(jobs[index], backward)
-            if waiting:
+            while waiting and len(running) < num_processes:
                 index = waiting.pop(0)
-                results[index] = jobs[index]()
-            _collect(running, results, jobs, all_of_them=not waiting)
+                running[index] = _fork(jobs[index])
+            _collect(running, results)
     finally:
         for process, pipe in running.values():
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             os.close(pipe)
-    return [results[index] for index in range(len(jobs))]
+    # What failed is done again here, and so raises what there is to raise.
+    return [results[index] if index in results else job() for index, job in enumerate(jobs)]
 
 
-def _collect(
-    running: dict[int, tuple[int, int]], results: dict[int, bytes], jobs: Sequence[Job], *, all_of_them: bool
-) -> None:
-    """Take what is done, waiting for it if `all_of_them`; a job whose process could not do it is done here."""
+def _collect(running: dict[int, tuple[int, int]], results: dict[int, bytes]) -> None:
+    """Wait for one that is done, and take its result if it has one."""
+    ready, _, _ = select.select([pipe for _, pipe in running.values()], [], [])
     for index, (process, pipe) in list(running.items()):
-        if not all_of_them and not select.select([pipe], [], [], 0)[0]:
-            continue
-        with os.fdopen(pipe, "rb") as file:
-            del running[index]
-            data = file.read()
-        os.waitpid(process, 0)
-        results[index] = data[1:] if data[:1] == b"+" else jobs[index]()
+        if pipe in ready:
+            with os.fdopen(pipe, "rb") as file:
+                del running[index]
+                data = file.read()
+            os.waitpid(process, 0)
+            if data[:1] == b"+":
+                results[index] = data[1:]
 
 
-def _fork(job: Job, backward: bool) -> tuple[int, int]:
+def _fork(job: Job) -> tuple[int, int]:
     """A process that runs the job, and the end of the pipe where its bytes come from, after a plus."""
     mine, theirs = os.pipe()
     sys.stdout.flush()
@@ -73,8 +69,6 @@ def _fork(job: Job, backward: bool) -> tuple[int, int]:
     try:
         gc.freeze()  # pages that are shared stay so
         os.close(mine)
-        if backward:
-            torch.ones((), requires_grad=True).backward()  # fails at once if it cannot be
         data = job()
         with os.fdopen(theirs, "wb") as file:
             file.write(b"+" + data)

@@ -6,7 +6,6 @@ there are two). Roles of the middle of a pipeline are captured once; they differ
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,10 +29,10 @@ from meshloom.model.config import Objective
 from meshloom.model.step import Batch, Precision, make_optimizer, train_step
 from meshloom.parallel.apply import find_cut, parallelize
 from meshloom.parallel.data import ReducerTwin, data_parallel
-from meshloom.parallel.discover import Discovery
 from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, find_layers, trace_flow
 from meshloom.parallel.mesh import Mesh, make_mesh
+from meshloom.parallel.pairs import Discovery
 from meshloom.parallel.pipeline import Pipeline, Stages
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
@@ -130,14 +129,14 @@ class Roles:
     roles: tuple[Role, ...]
     notes: tuple[str, ...] = ()
 
-    def write(self, folder: Path, *, roles_only: bool = False) -> int:
+    def write(self, folder: Path, *, roles_only: bool = False, num_processes: int = 1) -> int:
         """Write every rank's file, or with `roles_only` that of each role's first rank and `ranks.json`.
 
         What stood at `folder` is replaced. Returns how many bytes were written; raises FolderError.
         """
         with whole_folder(folder) as part:
             jobs = [partial(_write_role, role, part, roles_only) for role in self.roles]
-            sizes = run_all(jobs, num_processes=_num_processes() - 1)
+            sizes = run_all(jobs, num_processes=num_processes)
             if roles_only:
                 table = [RoleOfRanks(f"rank{role.ranks[0]}.et", role.ranks[0], list(role.ranks)) for role in self.roles]
                 (part / ROLES_FILE).write_bytes(msgspec.json.encode(table))
@@ -192,21 +191,22 @@ def synthesise(
     return dict(sorted(find_roles(step).traces()))
 
 
-def find_roles(step: Step, *, stamped: bool = True) -> Roles:
+def find_roles(step: Step, *, stamped: bool = True, num_processes: int = 1) -> Roles:
     """The roles of a step, each captured; without `stamped` every part of each is captured for itself.
 
+    So many passes run at once, in processes that are forked: only a process that does nothing else may ask for that.
     Raises PlanError if the model cannot take the plan.
     """
     if not stamped:
-        return _capture(step, same(step.plan), step.config, ())
+        return _capture(step, same(step.plan), step.config, (), num_processes)
     notes: list[str] = []
     reduced, config = _reduced(step, notes)
     fewer = replace(reduced.plan, num_micro_batches=enough_micro_batches(reduced.plan))
     try:
-        return _capture(step, replace(reduced, plan=fewer), config, notes)
+        return _capture(step, replace(reduced, plan=fewer), config, notes, num_processes)
     except NotAlike as reason:
         notes.append(f"every micro-batch is captured by itself: {reason}")
-    return _capture(step, same(step.plan), step.config, notes)
+    return _capture(step, same(step.plan), step.config, notes, num_processes)
 
 
 Cut = tuple[Discovery, Stages | None]
@@ -246,7 +246,7 @@ def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan) -> Cut:
         raise PlanError(str(error).replace(f"plan {plan}", f"plan {told}")) from error
 
 
-def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str]) -> Roles:
+def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], num_processes: int) -> Roles:
     """The roles, from passes of the reduced plan."""
     plan, whole = reduced.plan, reduced.whole
     # Sequence parallel compares op by op with what fake tensors do.
@@ -271,10 +271,10 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str]) ->
 
     # Places of the pipeline first, at once; then other kinds of places of tp, where there are any.
     places = range(plan.pp)
-    firsts = run_all([partial(capture, place, 0) for place in places], num_processes=_num_processes(), backward=True)
+    firsts = run_all([partial(capture, place, 0) for place in places], num_processes=num_processes)
     known = {(place, 0): _Told.decode(told) for place, told in zip(places, firsts)}
     others = [(place, kind) for place in places for kind in sorted({*known[place, 0].kinds} - {0})]
-    more = run_all([partial(capture, *other) for other in others], num_processes=_num_processes(), backward=True)
+    more = run_all([partial(capture, *other) for other in others], num_processes=num_processes)
     known |= {other: _Told.decode(told) for other, told in zip(others, more)}
     steps = {key: told.captured(plan, *key) for key, told in known.items()}
     roles = []
@@ -299,11 +299,6 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str]) ->
                 )
             )
     return Roles(plan=whole, roles=tuple(roles), notes=tuple(notes))
-
-
-def _num_processes() -> int:
-    """One more than there are cores: three passes on two cores so end together."""
-    return 1 + (os.cpu_count() or 1)
 
 
 class _Given(NamedTuple):
