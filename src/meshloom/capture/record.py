@@ -27,6 +27,7 @@ from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile, re
 from meshloom.capture.convert import MODULE, convert_rank
 from meshloom.capture.notes import Notes
 from meshloom.chakra.file import whole_file
+from meshloom.chakra.stacks import most_expensive
 from meshloom.chakra.stacks import stacks as stacks_of
 from meshloom.errors import FolderError, UsageError
 
@@ -35,8 +36,9 @@ class Recorder:
     """Records steps of a run on this rank: call it with each step's number for what should stand around the step.
 
     Steps `step` to `step + active - 1` are recorded, into one trace, or each into a folder of its own (`step<n>`) if
-    `separate`. `stacks` adds a table of times as text, `facts` go into the trace's metadata. Raises FolderError if
-    `folder` cannot be written.
+    `separate`; in the `warmup` steps before, the profiler is on and its data thrown away. Beside each trace lies
+    `rank<r>.ops.txt`, the most expensive ops; `stacks` adds a table of all times as text, `facts` go into the trace's
+    metadata. Raises FolderError if `folder` cannot be written.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Recorder:
         *,
         step: int,
         active: int = 1,
+        warmup: int = 0,
         separate: bool = False,
         stacks: bool = False,
         model: nn.Module | None = None,
@@ -53,6 +56,7 @@ class Recorder:
     ) -> None:
         self._folder = Path(folder)
         self._steps = range(step, step + active)
+        self._warm = range(step - warmup, step)
         self._separate, self._stacks = separate, stacks
         self._paths = {id(module): path for path, module in model.named_modules()} if model is not None else {}
         self._axes = dict(axes or {})
@@ -64,6 +68,8 @@ class Recorder:
 
     def __call__(self, step: int) -> AbstractContextManager[None]:
         """What should stand around step number `step`: the recording, or its part of it, or nothing."""
+        if step in self._warm:
+            return _warming()
         return self._around(step) if step in self._steps else nullcontext()
 
     def finish(self) -> None:
@@ -129,9 +135,18 @@ class Recorder:
             with whole_file(notes) as file:
                 file.write(msgspec.json.format(msgspec.json.encode(told), indent=1))
             trace, _ = convert_rank(host, device, name.with_suffix(".et"), notes=notes)
+            with whole_file(name.with_suffix(".ops.txt")) as file:
+                file.write(most_expensive(trace).encode())
             if self._stacks:
                 with whole_file(name.with_suffix(".stacks.txt")) as file:
                     file.write(stacks_of(trace).encode())
+
+
+@contextmanager
+def _warming() -> Iterator[None]:
+    """The profiler as it is while recording, for nothing: its first start is slow."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True):
+        yield
 
 
 def _make(folder: Path) -> None:

@@ -18,9 +18,11 @@ from meshloom.errors import MeshloomError
 # command -> what `meshloom --help` says of it; its code is `command` in meshloom.cli.<name>
 COMMANDS = {
     "demo": "The whole road in one go: train, trace, check, synthesise, simulate, report.",
+    "doctor": "See whether training can run here, and how fast.",
     "train": "Train a model on a plan of ranks, and record a step if asked.",
     "generate": "Continue prompts with a model on a plan of ranks, and record its steps if asked.",
     "launch": "Run one rank of a command in this terminal, so that a debugger works in it.",
+    "experiments": "Run a matrix of trainings, skipping what is done.",
     "runs": "List runs, and look into, stop or resume one.",
     "data": "Make data for training: mix sources by a recipe.",
     "tokenizer": "Train a tokenizer.",
@@ -33,8 +35,8 @@ COMMANDS = {
     "simulate": "Predict when traces would run on a cluster.",
     "what-if": "Ask what a step would take with other hardware, or without some communication.",
     "advise": "Search the best plan of a model on a cluster.",
-    "calibrate": "Write a device file whose speeds are those of recorded traces.",
-    "export": "Write a folder that another simulator runs.",
+    "calibrate": "Write a device file from recorded traces, or from kernels timed here.",
+    "export": "Write a folder that others run: traces for a simulator, a model to serve.",
     "graph": "Draw a step as a graph (SVG).",
     "report": "Write one HTML page about a run.",
 }
@@ -80,6 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     # PyTorch's native code logs each start of its observers; what matters, Meshloom says itself.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # What is imported may count GPUs, which starts CUDA's driver unless NVML is asked; ranks are forked after that.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import click
 import msgspec
 
-from meshloom.errors import ModelError, UsageError
+from meshloom.cli.estimate import shape_of_config
+from meshloom.errors import UsageError
 from meshloom.hardware.cluster import Cluster, load_cluster, load_plain
 from meshloom.simulate.advise import Advice, Choice, advise
 from meshloom.simulate.shape import Shape
@@ -64,29 +65,10 @@ def command(
 
 
 def shape_of_model(model: str) -> tuple[Shape, int]:
-    """Dims of a Hugging Face config, and the longest sequence that it allows; raises ModelError."""
+    """Dims of a model's config, and the longest sequence that it allows; raises ModelError."""
     from meshloom.model.config import load_config
 
-    config = load_config(model)
-
-    def get(*names: str) -> Any:
-        return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-
-    hidden, layers = get("hidden_size", "n_embd", "d_model"), get("num_hidden_layers", "n_layer", "num_layers")
-    heads = get("num_attention_heads", "n_head")
-    if not (hidden and layers and heads):
-        raise ModelError(f"{model}: expected a transformer with hidden size, layers and heads, got {config.model_type}")
-    if get("num_local_experts", "num_experts", "n_routed_experts"):
-        raise ModelError(
-            f"{model}: a mixture of experts, which the closed form does not know yet; expected a dense one"
-        )
-    gated = bool(get("hidden_act") in ("silu", "swiglu") or config.model_type.startswith(("llama", "mistral", "qwen")))
-    shape = Shape(
-        num_layers=layers, hidden_size=hidden, num_heads=heads, num_kv_heads=get("num_key_value_heads") or heads,
-        intermediate_size=get("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
-        vocab_size=config.vocab_size, gated=gated, tied=bool(getattr(config, "tie_word_embeddings", True)),
-    )  # fmt: skip
-    return shape, int(get("max_position_embeddings", "n_positions", "n_ctx") or 2048)
+    return shape_of_config(load_config(model), model)
 
 
 def _with_devices(cluster: Cluster, devices: int | None) -> Cluster:

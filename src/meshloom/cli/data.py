@@ -92,9 +92,18 @@ def progress_bar(*, show: bool) -> Iterator[Callable[[str, float], None]]:
 
 
 def open_stream(
-    sources: Sequence[Source], job: Any, *, reading: Reading, cache_dir: str | None, show: bool, quiet: bool
+    sources: Sequence[Source],
+    job: Any,
+    *,
+    reading: Reading,
+    cache_dir: str | None,
+    show: bool,
+    quiet: bool,
+    what: str = "data",
 ) -> Stream:
     """The stream of a training job: its sources tokenised, now or earlier; says what it holds and what was left out.
+
+    `what` is what they are called there.
 
     Raises DataError, FolderError.
     """
@@ -129,7 +138,7 @@ def open_stream(
             click.echo(note, err=True)
         how = f"tokenised in {time.monotonic() - begin:.1f} s" if made else "tokenised before"
         if not quiet:
-            click.echo(f"{sentence(sources, stream)}; {how}")
+            click.echo(f"{what} {sentence(sources, stream)}; {how}")
     return stream
 
 
@@ -138,7 +147,7 @@ def sentence(sources: Sequence[Source], stream: Stream) -> str:
     total = sum(source.weight or 0 for source in sources)
     names = [source.name + (f" ({source.weight / total:.0%})" if source.weight else "") for source in sources]
     return (
-        f"data {' + '.join(names)}: {stream.num_documents:,} documents, {stream.num_tokens:,} tokens, "
+        f"{' + '.join(names)}: {stream.num_documents:,} documents, {stream.num_tokens:,} tokens, "
         f"{stream.num_sequences:,} sequences of {stream.seq_length} an epoch"
     )
 

@@ -71,6 +71,7 @@ _TRACED = 2  # the decode step that is recorded: not the first, which makes what
     help="Of weights and cache.",
 )
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--no-cuda-graph", is_flag=True, help="On a GPU: launch each kernel of a decode step by itself.")
 @click.option("--trace", help="A new folder: record the prefill and one decode step on each rank as Chakra traces.")
 @click.option("--visualize-trace", is_flag=True, help="With --trace: draw both steps (SVG).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
@@ -168,6 +169,7 @@ def _job(
     random_weights: bool,
     shard_cache: str | None,
     dtype: str,
+    no_cuda_graph: bool,
     traced: bool,
 ) -> Any:
     """What is generated, found and checked before any process is started."""
@@ -175,7 +177,7 @@ def _job(
     from meshloom.model.config import eos_ids, load_config, load_tokenizer
     from meshloom.model.pretrained import find_weights
 
-    where = _checkpoint(model)
+    where = checkpoint_of(model)
     config = load_config(where)
     weights = None if random_weights else find_weights(where)
     if weights is None and not random_weights:
@@ -196,6 +198,7 @@ def _job(
         shard_cache=shard_cache,
         seed=seed,
         dtype=dtype,
+        cuda_graph=not no_cuda_graph,
         traced_step=min(_TRACED, max(1, max_new_tokens - 1)) if traced else None,
     )
     check_job(job)
@@ -217,7 +220,7 @@ def _prompts(
     return tuple((row * (num_tokens // len(row) + 1))[:num_tokens] if row else row for row in rows)
 
 
-def _checkpoint(model: str) -> str:
+def checkpoint_of(model: str) -> str:
     """The newest checkpoint that can be read if `model` is the folder of a run, else itself."""
     folder = Path(model)
     if not (folder / "run.json").is_file():

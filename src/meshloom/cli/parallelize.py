@@ -21,7 +21,7 @@ _SHOWN = 12  # decisions printed without --explain
 @click.option(
     "--model",
     required=True,
-    help="A preset (gpt2, gpt2-tiny, bert-base-uncased), a config.json, a folder, or a hub id.",
+    help="A preset (gpt2, bert-base-uncased, koen-sllm, llama-3-8b, …), a config.json, a folder, or a hub id.",
 )
 @click.option("--plan", required=True, help="How the work is cut, such as tp2.pp2.")
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")

@@ -18,7 +18,7 @@ from meshloom.plan import Plan
 @click.option(
     "--model",
     required=True,
-    help="A preset (gpt2, gpt2-tiny, bert-base-uncased), a config.json, a folder, or a hub id.",
+    help="A preset (gpt2, bert-base-uncased, koen-sllm, llama-3-8b, …), a config.json, a folder, or a hub id.",
 )
 @click.option("--plan", required=True, help="How the work is cut, such as tp2.dp4.")
 @click.option("--micro-batch", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,21 @@ import click
 from meshloom.chakra.check import check
 from meshloom.chakra.file import read_all
 from meshloom.cli.data import DUMMY, open_stream
+from meshloom.cli.dry_run import commands, describe, in_words
+from meshloom.cli.hosts import NAMES, Start, host_options, sbatch, take_hosts
+from meshloom.cli.tracing import take_tracing, trace_options
+from meshloom.cli.training import Asked, complete, length, take, training_options
 from meshloom.errors import FolderError, MeshloomError, UsageError
 from meshloom.plan import Plan
 from meshloom.train.sources import SAMPLE, Reading, find_sources
-
-_SHORT = 100  # a run of so many steps is told step by step
 
 
 @click.command()
 @click.option(
     "--model",
     required=True,
-    help="A preset (gpt2, gpt2-tiny, bert-base-uncased) or a config.json, which start with random weights; a folder or "
-    "a hub id, which start with the weights that are there.",
+    help="A preset (gpt2, bert-base-uncased, koen-sllm, llama-3-8b, …) or a config.json, which start with random "
+    "weights; a folder or a hub id, which start with the weights that are there.",
 )
 @click.option("--from-scratch", is_flag=True, help="Start with random weights, whatever --model holds.")
 @click.option("--shard-cache", help="A folder that keeps each rank's part of the weights of --model for the next time.")
@@ -42,7 +45,7 @@ _SHORT = 100  # a run of so many steps is told step by step
 @click.option("--cache-dir", help="Where tokenised data is kept.  [default: MESHLOOM_CACHE_DIR, or ~/.cache/meshloom]")
 @click.option("--tokenizer", help="A tokenizer folder, a hub id, or 'bytes'.  [default: that of --model]")
 @click.option("--plan", default="dp1", show_default=True, help="How the work is cut, such as dp2 or tp2.dp2.")
-@click.option("--max-steps", default=10, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
+@training_options
 @click.option("--batch-size", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")
 @click.option(
     "--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1), help="Micro-batches a step."
@@ -53,7 +56,7 @@ _SHORT = 100  # a run of so many steps is told step by step
 @click.option("--lr-schedule", default="constant", show_default=True,
               type=click.Choice(["constant", "linear", "cosine", "wsd"]), help="What follows the warmup.")  # fmt: skip
 @click.option("--warmup-steps", default=0, show_default=True, type=click.IntRange(0), help="Steps to the full rate.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]),
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]),
               help="What the forward computes in; weights and optimizer stay fp32.")  # fmt: skip
 @click.option("--recompute", default="none", show_default=True, type=click.Choice(["none", "selective", "full"]),
               help="What backward computes again instead of keeping it.")  # fmt: skip
@@ -71,11 +74,7 @@ _SHORT = 100  # a run of so many steps is told step by step
     help="With pp: the order of a rank's passes.",
 )
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
-@click.option("--trace", is_flag=True, help="Record one step on each rank as a Chakra trace.")
-@click.option("--trace-step", type=click.IntRange(1), help="Which step to record.  [default: the third, or the last]")
-@click.option("--trace-active", type=click.IntRange(1), default=1, show_default=True, help="How many steps to record.")
-@click.option("--trace-separate", is_flag=True, help="Write each recorded step into a folder of its own.")
-@click.option("--trace-stacks", is_flag=True, help="Add a table of times as text beside each trace.")
+@trace_options
 @click.option(
     "--save-steps", default=0, show_default=True, type=click.IntRange(0), help="Steps between checkpoints; 0: none."
 )
@@ -87,6 +86,8 @@ _SHORT = 100  # a run of so many steps is told step by step
     flag_value="",
     help="Go on from a checkpoint or a run's newest one, on any plan; without a value from --out, if it is there.",
 )
+@host_options
+@click.option("--dry-run", is_flag=True, help="Print the command, sizes, memory and time; start and write nothing.")
 @click.option("--background", is_flag=True, help="Return at once; `meshloom runs` tells how it goes.")
 @click.option("--prepared", is_flag=True, hidden=True, help="The run folder was made by who started this process.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -98,13 +99,21 @@ def command(**options: Any) -> None:
     \b
     Examples:
       meshloom train --model gpt2-tiny --tokenizer bytes --data sample --plan dp2 --max-steps 20 --trace
+      meshloom train --model gpt2-tiny --tokenizer bytes --data sample --train --epochs 3 --eval-fraction 0.1 \\
+          --eval-steps 20
       torchrun --nproc-per-node 2 --no-python meshloom train --model gpt2-tiny --tokenizer bytes \\
           --data sample --plan dp2 --out runs/by-torchrun
       meshloom train --model gpt2-tiny --tokenizer bytes --data sample --plan tp2 --max-steps 40 --save-steps 10 \\
           --resume runs/by-torchrun
     """
     context = click.get_current_context()
-    folder = train(arguments=given_arguments(context, leave_out=("out", "resume", "background", "prepared")), **options)
+    if options["launcher"] == "slurm":
+        given = given_arguments(context, leave_out=("out", "background", "prepared", *NAMES))
+        told = {name: options[name] for name in ("out", "device", "nnodes")}
+        click.echo(sbatch(given, plan=Plan.parse(options["plan"]), restarts=options["max_restarts"], **told))
+        return
+    left_out = ("out", "background", "prepared", "dry_run") + (NAMES if options["dry_run"] else ("resume",))
+    folder = train(arguments=given_arguments(context, leave_out=left_out), **options)
     if folder is not None and options["background"]:
         click.echo(json.dumps({"run": folder.name, "folder": str(folder)}) if options["as_json"] else folder.name)
     elif folder is not None:
@@ -118,73 +127,78 @@ def train(
     plan: str,
     out: str | None,
     device: str = "auto",
-    trace: bool = False,
-    trace_step: int | None = None,
-    trace_active: int = 1,
-    trace_separate: bool = False,
-    trace_stacks: bool = False,
     resume: str | None = None,
     no_save_initial: bool = False,
     as_json: bool = False,
     background: bool = False,
     prepared: bool = False,
+    dry_run: bool = False,
     arguments: Sequence[str] = (),
     **options: Any,
 ) -> Path | None:
-    """Train as the command does and return the run folder; None on ranks of a torchrun other than 0."""
+    """Train as the command does and return the run folder; None on ranks of a torchrun other than 0, or if dry."""
     cut = Plan.parse(plan)
     _check_saving(options)
+    start = take_hosts(options, cut, out=out, background=background)
+    asked, tracing = take(options), take_tracing(options)
 
     from meshloom.parallel.launch import world_from_environment
-    from meshloom.train.runs import write_facts
 
     world = world_from_environment()
     if world is not None:
         cut.with_world_size(world[1])
-        if out is None:
-            raise UsageError("expected --out where each rank is started by itself, so that all write to one folder")
-    resumed = _resumed(resume, out, options["max_steps"])
-    begun = resumed.step if resumed else 0
-    first_traced = _first_traced(trace_step, trace_active, options["max_steps"], begun)
+        start.check_alone(out)
+    resumed = _resumed(resume, out)
+    if options["max_steps"] is not None:  # as early as can be
+        tracing.first(options["max_steps"], resumed)
     checkpoint = str(resumed.checkpoint) if resumed and resumed.checkpoint else None
-    is_first = world is None or world[0] == 0
+    is_first = start.host_rank == 0 if world is None else world[0] == 0
     options |= {} if options.get("data") else _dummy(options)
-    free = _free_memory() if world is None and device != "cuda" else None
+    free = start.num_hosts * _free_memory() if world is None and device != "cuda" and not dry_run else None
     save: dict[str, Any] = {"save_initial": not no_save_initial, "resume": checkpoint}
-    job, num_parameters = _job(model=model, plan=cut, free=free, show=is_first, quiet=as_json, **save, **options)
+    show: dict[str, Any] = {"show": is_first, "quiet": as_json, "dry": dry_run}
+    job, num_parameters = _job(model=model, plan=cut, asked=asked, free=free, **show, **save, **options)
+    if dry_run:
+        told = describe(job, model, num_parameters, options["data"], device, start, asked)
+        told["commands"] = commands(arguments, start, out)
+        click.echo(json.dumps(told) if as_json else in_words(told))
+        return None
+    first_traced = tracing.first(job.max_steps, resumed)
     makes = is_first and not prepared
     folder = _folder(out, model, cut, resumed) if makes else Path(str(out))
-    recording = {
-        "step": first_traced - 1,
-        "active": trace_active,
-        "separate": trace_separate,
-        "stacks": trace_stacks,
-        "facts": {"plan": str(cut), "model": model},
-    }
-    around = _recorder(folder, cut, recording) if trace else None
+    around = tracing.recorder(folder, cut, model=model, first=first_traced)
     if is_first:
-        command = {"model": model, "plan": plan, "trace": trace, "resume": checkpoint, **options}
-        state = "starting" if background else "running"
-        write_facts(folder, config=job.config, plan=job.plan, command=command, arguments=arguments, state=state)
+        told = {"model": model, "plan": plan, "trace": tracing.trace, "resume": checkpoint, **options}
+        _note(folder, job, {**told, "max_steps": job.max_steps}, arguments, "starting" if background else "running")
         if background:
             _detach(folder, arguments, checkpoint)
             return folder
         if not as_json:
-            _announce(job, model, num_parameters, folder)
-    _run(job, folder, device, around, show=not as_json, alone=world is None, is_first=is_first)
+            _announce(job, model, num_parameters, folder, length(job, asked))
+    _run(job, folder, device, around, start if world is None else None, show=not as_json, is_first=is_first)
     return folder if is_first else None
 
 
-def _run(job: Any, folder: Path, device: str, around: Any, *, show: bool, alone: bool, is_first: bool) -> None:
+def _note(folder: Path, job: Any, command: dict[str, Any], arguments: Sequence[str], state: str) -> None:
+    from meshloom.train.runs import write_facts
+
+    write_facts(folder, config=job.config, plan=job.plan, command=command, arguments=arguments, state=state)
+
+
+def _run(job: Any, folder: Path, device: str, around: Any, start: Start | None, *, show: bool, is_first: bool) -> None:
     """Train on all ranks, which are started here unless this process is one of them, and note how it ended."""
     from meshloom.parallel.launch import run_ranks
+    from meshloom.train.again import saved_before, train_again
     from meshloom.train.loop import train_rank
     from meshloom.train.runs import is_asked_to_stop, set_state
 
     arguments = (job, str(folder), device, around, show)
     try:
-        if alone:
-            run_ranks(train_rank, *arguments, num_ranks=job.plan.world_size, log_dir=folder / "logs")
+        if start is not None:
+            run_ranks(
+                train_again, saved_before(folder), *arguments, num_ranks=start.num_ranks, log_dir=folder / "logs",
+                hosts=start.hosts, max_restarts=start.max_restarts,
+            )  # fmt: skip
         else:
             train_rank(*arguments)
     except (MeshloomError, KeyboardInterrupt) as error:
@@ -227,7 +241,7 @@ def _check_saving(options: dict[str, Any]) -> None:
         raise UsageError(f"--keep-last {options['keep_last']}: expected --save-steps too, or nothing is saved")
 
 
-def _resumed(resume: str | None, out: str | None, max_steps: int) -> Any:
+def _resumed(resume: str | None, out: str | None) -> Any:
     """Where the run goes on, None if it begins; what is wrong with newer checkpoints is told."""
     if resume is None:
         return None
@@ -236,10 +250,6 @@ def _resumed(resume: str | None, out: str | None, max_steps: int) -> Any:
     resumed = find_resumed(resume, out)
     for trouble in resumed.troubles:
         click.echo(f"meshloom: warning: {trouble}; going on from an older one", err=True)
-    if resumed.step >= max_steps:
-        raise UsageError(
-            f"--max-steps {max_steps}: expected more than the {resumed.step} steps of {resumed.checkpoint}"
-        )
     return resumed
 
 
@@ -251,7 +261,7 @@ def _folder(out: str | None, model: str, plan: Plan, resumed: Any) -> Path:
     return new_run(out, model=model, plan=plan)
 
 
-def _announce(job: Any, model: str, num_parameters: int, folder: Path) -> None:
+def _announce(job: Any, model: str, num_parameters: int, folder: Path, more: Sequence[str]) -> None:
     world_size = job.plan.world_size
     source = job.resume or job.weights
     weights = "random weights" if source is None else f"weights of {source}"
@@ -259,21 +269,8 @@ def _announce(job: Any, model: str, num_parameters: int, folder: Path) -> None:
         f"{model}: {num_parameters:,} parameters, {weights}, {job.objective} language model; plan {job.plan} "
         f"on {world_size} rank{'s' * (world_size > 1)}\nrun folder: {folder}"
     )
-
-
-def _first_traced(step: int | None, active: int, max_steps: int, begun: int) -> int:
-    """The first of the steps to record, counted from 1; raises UsageError if they are not all among those to do."""
-    if step is not None and step > max_steps:
-        raise UsageError(f"--trace-step {step}: expected at most --max-steps, which is {max_steps}")
-    if step is not None and step <= begun:
-        raise UsageError(f"--trace-step {step}: expected more than the {begun} steps that were done before")
-    first = step or max(begun + 1, min(begun + 3, max_steps - active + 1))
-    if first + active - 1 > max_steps:
-        raise UsageError(
-            f"--trace-active {active}: expected at most {max_steps - first + 1} steps from step {first} to "
-            f"--max-steps, which is {max_steps}"
-        )
-    return first
+    for line in more:
+        click.echo(line)
 
 
 def _dummy(options: dict[str, Any]) -> dict[str, Any]:
@@ -285,9 +282,11 @@ def _job(
     *,
     model: str,
     plan: Plan,
+    asked: Asked,
     free: int | None,
     show: bool,
     quiet: bool,
+    dry: bool,
     data: Sequence[str],
     tokenizer: str | None,
     objective: Any,
@@ -300,23 +299,26 @@ def _job(
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
     recompute: Any = "none",
-    log_steps: int | None = None,
+    max_steps: int | None = None,
     **numbers: Any,
 ) -> tuple[Any, int]:
     """What is trained, and how many parameters it has; found, checked and tokenised before any process is started."""
-    from meshloom.model.config import load_config, load_tokenizer, objective_of
+    from meshloom.model.config import choose_attention, load_config, objective_of
     from meshloom.model.pretrained import find_weights
     from meshloom.train.data import check_tokenizer
-    from meshloom.train.loop import Job, check_job
+    from meshloom.train.job import Job, check_job
 
     sources = find_sources(data)
     config = load_config(model)
-    weights = None if from_scratch or numbers.get("resume") else find_weights(model)
+    if asked.attention:
+        choose_attention(config, asked.attention)
+    local = not dry or Path(model).is_dir()  # a dry run downloads nothing
+    weights = None if from_scratch or numbers.get("resume") or not local else find_weights(model)
     job = Job(
         weights=None if weights is None else str(weights),
         config=config,
         objective=objective or objective_of(config),
-        tokenizer=load_tokenizer(tokenizer or model),
+        tokenizer=_tokenizer(tokenizer or model, dry),
         plan=replace(
             plan,
             num_micro_batches=gradient_accumulation,
@@ -324,36 +326,39 @@ def _job(
             virtual_stages=virtual_stages,
             recompute=recompute,
         ),
-        log_steps=log_steps or (1 if numbers["max_steps"] <= _SHORT else 10),
+        max_steps=max_steps or 1,
         **numbers,
     )
-    check_tokenizer(job.tokenizer, config, job.objective)
+    if job.tokenizer is not None:
+        check_tokenizer(job.tokenizer, config, job.objective)
     num_parameters = check_job(job, free)
+    if dry:
+        return job, num_parameters
     if dummy and show:
         click.echo(DUMMY, err=True)
     reading = Reading(text_field=text_field, skip_bad_lines=skip_bad_lines)
-    stream = open_stream(sources, job, reading=reading, cache_dir=cache_dir, show=show, quiet=quiet)
-    return replace(job, stream=stream), num_parameters
+    opened = partial(open_stream, job=job, reading=reading, cache_dir=cache_dir, show=show, quiet=quiet)
+    return complete(replace(job, stream=opened(sources)), asked, partial(opened, what="eval data")), num_parameters
 
 
-def _recorder(folder: Path, plan: Plan, recording: dict[str, Any]) -> Any:
-    """What stands around each step: the recorder of the capture room, made on each rank."""
+def _tokenizer(name: str, dry: bool) -> Any:
+    """The tokenizer; a dry run downloads none, and does without: None."""
+    from meshloom.model.config import load_tokenizer
 
-    def make(mesh: Any, model: Any) -> Any:
-        from meshloom.capture.record import Recorder
-        from meshloom.parallel.mesh import axis_groups
+    try:
+        return load_tokenizer(name, download=not dry)
+    except MeshloomError:
+        if not dry:
+            raise
+        return None
 
-        return Recorder(folder / "trace", model=model, axes=axis_groups(plan, mesh.rank), **recording)
 
-    return make
-
-
-def _free_memory() -> int | None:
-    """Bytes that the host has free; None where the system does not tell."""
+def _free_memory() -> int:
+    """Bytes that the host has free; more than there can be where the system does not tell."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return None
+        return 1 << 62
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -365,12 +370,15 @@ def outcome(folder: Path) -> dict[str, Any]:
         raise FolderError(f"{path}: expected one line a step, got '{error.strerror}'") from error
     files = sorted((folder / "trace").rglob("*.et"))
     faults = [str(fault) for where in sorted({file.parent for file in files}) for fault in check(read_all(where))]
+    evaluated = [step["eval_loss"] for step in steps if step.get("eval_loss") is not None]
     plain = sorted(step["tokens_per_second"] for step in steps if not step["recorded"])
     return {
         "folder": str(folder),
         "num_steps": len(steps),
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
+        "last_eval_loss": evaluated[-1] if evaluated else None,
+        "best_eval_loss": min(evaluated) if evaluated else None,
         "median_tokens_per_second": plain[len(plain) // 2] if plain else None,
         "traces": [str(file) for file in files],
         "faults": faults,
@@ -379,7 +387,10 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def _sentence(result: dict[str, Any]) -> str:
     speed = result["median_tokens_per_second"]
-    text = f"{result['num_steps']} steps, loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
+    first, last = ("nan" if result[name] is None else f"{result[name]:.4f}" for name in ("first_loss", "last_loss"))
+    text = f"{result['num_steps']} steps, loss {first} -> {last}"
+    if result["last_eval_loss"] is not None:
+        text += f", eval loss {result['last_eval_loss']:.4f} (best {result['best_eval_loss']:.4f})"
     text += f", {speed:,.0f} tokens/s (median)" if speed else ""
     traces = result["traces"]
     if not traces:

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from meshloom.errors import DataError, ModelError, OfflineError
+from meshloom.errors import DataError, ModelError, OfflineError, UsageError
+from meshloom.model.preset import expected_model, preset_config, preset_tokenizer
 
 Objective = Literal["causal", "masked"]
+Attention = Literal["sdpa", "eager", "flash"]
 
 SPECIAL = {
     "eos_token": "<|endoftext|>",
@@ -34,20 +36,14 @@ SPECIAL = {
 }
 
 
-def presets() -> list[str]:
-    """Names of the shipped configs."""
-    folder = resources.files("meshloom.model") / "presets"
-    return sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json"))
-
-
 def load_config(model: str) -> Any:
     """The HF config of a preset, a config.json, a folder that holds one, or a hub id.
 
     Raises ModelError, OfflineError.
     """
-    if model in presets():
-        text = (resources.files("meshloom.model") / "presets" / f"{model}.json").read_text(encoding="utf-8")
-        return _from_json(text, model)
+    fields = preset_config(model)
+    if fields is not None:
+        return _from_table(fields, model)
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{model}: expected a folder with config.json, found none there")
@@ -60,10 +56,9 @@ def load_config(model: str) -> Any:
         return _from_json(text, str(file))
     if "/" in model and (path.parent.is_dir() or model.startswith((".", "/"))):
         raise ModelError(f"{model}: expected a folder with config.json, a config.json or a hub id; no such path")
-    expected = f"expected a preset ({', '.join(presets())}), a config.json, a folder that holds one, or a hub id"
     with suppress(OSError, ValueError):
         return AutoConfig.from_pretrained(model, local_files_only=True)
-    with hub(f"model {model!r}: {expected}", ModelError):
+    with hub(f"model {model!r}: {expected_model(model)}", ModelError):
         return AutoConfig.from_pretrained(model)
 
 
@@ -74,6 +69,10 @@ def _from_json(text: str, where: str) -> Any:
         raise ModelError(f"{where}: expected JSON, got '{error}'") from error
     if not isinstance(table, dict) or not isinstance(table.get("model_type"), str):
         raise ModelError(f"{where}: expected an HF config, a JSON object with a model_type")
+    return _from_table(table, where)
+
+
+def _from_table(table: dict[str, Any], where: str) -> Any:
     try:
         return AutoConfig.for_model(**table)
     except Exception as error:  # transformers validates with errors of many kinds; all mean: not a config
@@ -90,6 +89,20 @@ def objective_of(config: Any) -> Objective:
     if causal:
         return "causal"
     raise ModelError(f"model type {config.model_type!r}: expected a causal or masked language model")
+
+
+def choose_attention(config: Any, attention: Attention) -> None:
+    """Let models built from `config` compute attention so; raises UsageError where that cannot be here.
+
+    sdpa is torch's own, which takes flash kernels where a GPU has them; eager is plain products; flash is the package
+    flash-attn, which also handles padding without computing on it.
+    """
+    if attention == "flash" and find_spec("flash_attn") is None:
+        raise UsageError(
+            "--attention flash: expected the package flash-attn (and an NVIDIA GPU), which is not here; "
+            "sdpa takes torch's own flash kernels where there are any"
+        )
+    config._attn_implementation = {"flash": "flash_attention_2"}.get(attention, attention)
 
 
 def eos_ids(model: str, config: Any, tokenizer: Any = None) -> frozenset[int]:
@@ -109,8 +122,19 @@ def eos_ids(model: str, config: Any, tokenizer: Any = None) -> frozenset[int]:
     return frozenset(token for token in found if isinstance(token, int) and 0 <= token < config.vocab_size)
 
 
-def load_tokenizer(tokenizer: str) -> Any:
-    """The HF tokenizer of a folder or hub id, or the built-in `bytes`; raises DataError, OfflineError."""
+def load_tokenizer(tokenizer: str, *, download: bool = True) -> Any:
+    """The HF tokenizer of a folder, hub id or preset, or the built-in `bytes`; raises DataError, OfflineError.
+
+    Without `download` one that is not on this host yet raises OfflineError.
+    """
+    if preset_config(tokenizer) is not None and not Path(tokenizer).exists():
+        known = preset_tokenizer(tokenizer)
+        if known is None:
+            raise DataError(
+                f"{tokenizer} has no tokenizer of its own: expected --tokenizer with a folder, which "
+                "`meshloom tokenizer train` makes, a hub id, or 'bytes'"
+            )
+        tokenizer = known
     if tokenizer == "bytes":
         return _byte_tokenizer()
     path = Path(tokenizer)
@@ -123,6 +147,8 @@ def load_tokenizer(tokenizer: str) -> Any:
             ) from error
     with suppress(OSError, ValueError):
         return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    if not download:
+        raise OfflineError(f"tokenizer {tokenizer!r}: it is not on this host yet")
     with hub(f"tokenizer {tokenizer!r}: expected a folder, a hub id, or 'bytes'", DataError):
         return AutoTokenizer.from_pretrained(tokenizer)
 

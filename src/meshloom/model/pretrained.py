@@ -27,7 +27,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 import meshloom
 from meshloom.errors import ModelError
-from meshloom.model.config import hub, presets
+from meshloom.model.config import hub
+from meshloom.model.preset import preset_config
 from meshloom.model.tensorfile import Entry, write_tensors
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.placement import Placed
@@ -56,7 +57,7 @@ def find_weights(model: str) -> Path | None:
 
     Raises ModelError if there are none but pickled ones, OfflineError if the hub is needed and out of reach.
     """
-    if model in presets() or model.endswith(".json"):
+    if preset_config(model) is not None or model.endswith(".json"):
         return None
     folder = Path(model)
     if not folder.is_dir():

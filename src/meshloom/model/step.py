@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from meshloom.model.cache import Cache
+from meshloom.model.config import Objective
+from meshloom.model.scale import LossScale
 from meshloom.model.weights import inner_model
 from meshloom.parallel.apply import clip_gradients
 from meshloom.parallel.candidates import broadcast, most_likely
@@ -22,7 +24,10 @@ from meshloom.parallel.relay import Run, relay, run_plainly, whole_or_cut
 from meshloom.parallel.vocab import CutLogits
 
 Batch = Mapping[str, Tensor]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+IGNORED = -100  # the label that the loss of every HF model leaves out
 # From the logits of the last position, (B, V) or this rank's part of them, to the next tokens (B,) int64. All ranks of
 # the last stage call it, for they may have to gather; what the first tensor rank returns counts.
 Choose = Callable[[Tensor | CutLogits], Tensor]
@@ -50,7 +55,7 @@ def _phase_in(precision: Precision, device: torch.device, name: str) -> Iterator
     with (
         phase(name),
         torch.autocast(
-            device.type, torch.bfloat16, enabled=precision == "bf16" and name == "forward", cache_enabled=True
+            device.type, DTYPES[precision], enabled=precision != "fp32" and name == "forward", cache_enabled=True
         ),
     ):
         yield
@@ -61,7 +66,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW, fused into one op or as several; weight decay on matrices only, not on biases and norms.
 
-    Brown et al. 2020, appendix B.
+    Brown et al. 2020, appendix B. It has `found_inf`, () float32 on the device: while that is 1, its steps change
+    nothing, if it is fused.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -69,9 +75,19 @@ def make_optimizer(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     # The learning rate is a number, not a tensor: the fused kernel then needs no copy of it to the device.
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=fused
     )
+    # unfused, torch's AdamW takes none
+    vars(optimizer)["found_inf" if fused else "unused_found_inf"] = torch.zeros((), device=parameters[0].device)
+    return optimizer
+
+
+def found_inf(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Where `train_step` notes that gradients were not finite: () float32, 0 or 1."""
+    known = vars(optimizer)
+    found: Tensor = known["found_inf"] if "found_inf" in known else known["unused_found_inf"]
+    return found
 
 
 def train_step(
@@ -82,16 +98,20 @@ def train_step(
     mesh: Mesh,
     max_grad_norm: float,
     precision: Precision = "fp32",
+    scale: LossScale | None = None,
 ) -> StepResult:
     """One optimizer step on this rank's micro-batches.
 
     Each micro-batch maps the model's argument names to tensors, (B, S) int64. Gradients add up over micro-batches and
-    are averaged over the data-parallel group in the last one only. With bf16 the forward runs under autocast.
+    are averaged over the data-parallel group in the last one only. With bf16 and fp16 the forward runs under autocast;
+    fp16 needs `scale`, and a step whose gradients overflow changes nothing. Without `scale`, gradients whose norm is
+    not finite end all change: this step and those after it leave weights and optimizer as they are, on all ranks.
     """
     within: Callable[[str], AbstractContextManager[Any]] = phase
     if precision != "fp32":  # only then, for autocast's own bookkeeping would be seen in every trace
         within = partial(_phase_in, precision, mesh.device)
-    losses = [model.run(micro_batches, phase=within)] if isinstance(model, Pipeline) else []
+    seed = None if scale is None else scale.value  # backward begins with it in the place of 1
+    losses = [model.run(micro_batches, phase=within, seed=seed)] if isinstance(model, Pipeline) else []
     for index, batch in enumerate(micro_batches if not losses else ()):
         with synced_gradients(model, sync=index == len(micro_batches) - 1):
             with within("forward"):
@@ -99,15 +119,37 @@ def train_step(
                 # added up on the way, so that each micro-batch does the same however many there are
                 losses = [losses[0] + loss.detach() if losses else loss.detach()]
             with within("backward"):
-                loss.backward()
+                loss.backward(gradient=seed)
             del loss
     grad_norm = None
     with phase("optimizer"):
+        bad = found_inf(optimizer)
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if scale is not None:
+            scale.unscale([parameter.grad for parameter in held if parameter.grad is not None], bad, mesh)
         if max_grad_norm:
-            grad_norm = clip_gradients(model, max_grad_norm, mesh)
+            grad_norm = clip_gradients(held, max_grad_norm, mesh)
+            if scale is None:
+                bad.logical_or_(grad_norm * 0)  # of infinity and of what is no number that is no number, which is true
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if scale is not None:
+            scale.update(bad)
     return StepResult(losses[0], grad_norm)
+
+
+def eval_step(
+    model: nn.Module, batch: Batch, *, objective: Objective, mesh: Mesh, precision: Precision = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """The loss of one batch summed over the tokens that it counts, () float64, and how many those are, () int64.
+
+    `model` is in evaluation mode and not wrapped for data parallel. Nothing is kept for a backward pass.
+    """
+    labels = batch["labels"]
+    counted = ((labels[:, 1:] if objective == "causal" else labels) != IGNORED).sum()
+    with torch.no_grad(), _phase_in(precision, mesh.device, "forward"):
+        loss: Tensor = model.loss_of(batch) if isinstance(model, Pipeline) else model(**batch).loss
+    return loss.double() * counted, counted
 
 
 def prefill_step(

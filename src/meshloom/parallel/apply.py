@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.borders import border_modules
 from meshloom.parallel.borders import install as install_sequence
+from meshloom.parallel.compiled import compile_layers
 from meshloom.parallel.discover import discover
 from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
@@ -30,6 +31,7 @@ from meshloom.parallel.recompute import recompute
 from meshloom.parallel.sequence import cut_sequence, sequence_example
 from meshloom.parallel.shard import Shard, mark, shard_of
 from meshloom.parallel.styles import Part, cut_linear
+from meshloom.parallel.unused import find_unused
 from meshloom.parallel.vocab import CutVocabulary
 from meshloom.parallel.vocab import Part as VocabularyPart
 from meshloom.parallel.written import apply_styles, check_names
@@ -123,12 +125,13 @@ def parallelize(
     example: Mapping[str, Tensor] | None = None,
     styles: Mapping[str, str] | None = None,
     cut: tuple[Discovery, Stages | None] | None = None,
+    compiled: bool = False,
 ) -> nn.Module:
     """Cut `model` in place for this rank of `mesh` and return it; raises PlanError if the plan cannot be taken.
 
     `example` is a batch of one sequence that the forward accepts; by default eight token ids. `styles` overrules what
     is found: a pattern of module paths -> column, row, vocabulary or whole. `cut` is what `find_cut` found on the same
-    model, where that is known already.
+    model, where that is known already. `compiled` layers go through torch.compile, each by itself.
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
@@ -145,27 +148,38 @@ def parallelize(
         _cut_vocabulary(model, found.vocabulary, mesh)
     if found.pairs and has_dropout(model):
         _draw_apart(model, found, mesh)
-    recompute(model, find_layers(model), plan.recompute)
+    if stages is None and "dp" in mesh.groups:
+        model.unused_parameters = find_unused(model, example)  # type: ignore[assignment]
+    layers = find_layers(model)
+    recompute(model, layers, plan.recompute)
+    if compiled:  # after recompute, which the compiler so sees
+        compile_layers(model, layers)
     if stages is None:
-        model.depends_on_values = found.answers is not None  # type: ignore[assignment]
         return model
     return Pipeline(model, mesh=mesh, stages=stages, answers=found.answers)
 
 
-def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) -> Tensor:
     """Scale all gradients so that their norm over the whole model is at most `max_norm`; return the norm before.
 
-    Cut parameters are summed over the tensor-parallel group, whole ones counted once; then all over the pipeline, where
-    a parameter that several stages hold counts on the first.
+    `parameters` are all those that this rank holds. Cut ones are summed over the tensor-parallel group, whole ones
+    counted once; then all over the pipeline, where a parameter that several stages hold counts on the first.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    counted = [parameter for parameter in parameters if not getattr(parameter, "counted_elsewhere", False)]
-    whole = [gradient(parameter) for parameter in counted if shard_of(parameter) is None]
-    cut = [
-        gradient(parameter) / shard.num_copies**0.5 if shard.num_copies > 1 else gradient(parameter)
-        for parameter in counted
-        if (shard := shard_of(parameter)) is not None
-    ]
+    gradients: list[Tensor] = []
+    whole: list[Tensor] = []
+    cut: list[Tensor] = []
+    for parameter in parameters:  # once through them: this is part of what a step costs beside its work
+        grad = parameter.grad
+        if grad is None:
+            continue
+        gradients.append(grad)
+        if getattr(parameter, "counted_elsewhere", False):
+            continue
+        shard = shard_of(parameter)
+        if shard is None:
+            whole.append(grad)
+        else:
+            cut.append(grad / shard.num_copies**0.5 if shard.num_copies > 1 else grad)
     # torch.nn.utils.get_total_norm takes another road for fake tensors than for real ones; these ops do not.
     squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (whole, cut) if grads]
     if cut:
@@ -174,14 +188,8 @@ def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     if "pp" in mesh.groups:
         total = sum_over(total, mesh.groups["pp"])
     norm = total.sqrt()
-    torch._foreach_mul_([gradient(parameter) for parameter in parameters], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def gradient(parameter: nn.Parameter) -> Tensor:
-    """The parameter's gradient, which is there."""
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:

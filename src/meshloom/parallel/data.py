@@ -33,8 +33,11 @@ def data_parallel(model: nn.Module, mesh: Mesh) -> nn.Module:
     group = mesh.groups.get("dp")
     if group is None or isinstance(model, Pipeline):  # which reduces after its last backward pass
         return model
+    unused: frozenset[str] | None = getattr(model, "unused_parameters", frozenset())
+    # Those that no gradient reaches stay as they are on every rank; where values decide, each step looks.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(unused or ()))
     if isinstance(next(model.parameters()), FakeTensor):
-        return ReducerTwin(model, group)
+        return ReducerTwin(model, group, unused or frozenset())
     device_ids = [mesh.device.index] if mesh.device.type == "cuda" else None
     with warnings.catch_warnings():
         # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name
@@ -46,7 +49,7 @@ def data_parallel(model: nn.Module, mesh: Mesh) -> nn.Module:
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
             # as experts that get no token of this rank's batch
-            find_unused_parameters=getattr(model, "depends_on_values", False),
+            find_unused_parameters=unused is None,
         )
 
 
@@ -80,12 +83,13 @@ class ReducerTwin(nn.Module):
     second on, buckets follow that order, as DDP's do after it rebuilds them.
     """
 
-    def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup, unused: frozenset[str]) -> None:
         super().__init__()
         self.module = module
         self._group = group
         self._sync = True
-        self._parameters_in_order: list[Tensor] = [p for p in reversed(list(module.parameters())) if p.requires_grad]
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and name not in unused]
+        self._parameters_in_order: list[Tensor] = [parameter for _, parameter in reversed(named)]
         self._buckets = [list(range(len(self._parameters_in_order)))]
         self._ready: list[Tensor] = []
         self._flat: dict[int, Tensor] = {}

@@ -44,18 +44,20 @@ def run_fake(
     answers: Answers | None = None,
     told: Callable[[Tensor, Tensor], None] | None = None,
     result: Callable[[Any], None] | None = None,
+    with_gradients: bool = False,
 ) -> None:
     """Run the forward on fake tensors, within `modes`; raises what the forward raises on wrong shapes.
 
     Where it asks for values, `answers` tells them; raises CannotFollow if they do not. `told` is called with each
     parameter and the fake tensor that stands for it, `result` with what the forward returns.
     """
-    plain = answers is None and not model.training and _is_plain(model, example)
+    # in training, a forward on meta may end at once where one on fake tensors tells more
+    plain = answers is None and (with_gradients or not model.training) and _is_plain(model, example)
     first = next(model.parameters())
     is_fake = isinstance(first, FakeTensor)
     mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(with_gradients))
         stack.enter_context(_left_as_it_was(model))
         stack.enter_context(experts_of_known_shape(model))
         stack.enter_context(_conversions_in_place(model))

@@ -1,8 +1,9 @@
 """Start the ranks of a run, and say what happened when one of them dies. The only place that reads the environment.
 
-On one host the ranks are forked by torchrun's elastic agent after one import, so that eight are ready in the time of
-one. Under `torchrun` (or any launcher that sets RANK and WORLD_SIZE) the calling process is a rank already; so it is
-within `launched`, one rank started by hand.
+The ranks of a host are forked by torchrun's elastic agent after one import, so that eight are ready in the time of
+one; agents of several hosts meet by a store on a port of host 0, and start all ranks again if one dies. Under
+`torchrun` (or any launcher that sets RANK and WORLD_SIZE) the calling process is a rank already; so it is within
+`launched`, one rank started by hand.
 """
 
 from __future__ import annotations
@@ -26,17 +27,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshloom import errors
 from meshloom.errors import MeshloomError, PlanError, RunFailed
+from meshloom.parallel import one_host
+from meshloom.parallel.hosts import Hosts, joined
 from meshloom.parallel.meet import Meeting, meet
 
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 _MEETING = "MESHLOOM_MEETING"  # set by `launched`
+_HOSTS = "MESHLOOM_HOSTS"  # set by `run_ranks` where there are several
 _ENDING = (signal.SIGTERM, signal.SIGINT)  # what the agent, a user or a terminal sends to end a rank
 
 
@@ -45,6 +50,16 @@ def world_from_environment() -> tuple[int, int] | None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return None
+
+
+def restart_count() -> int:
+    """How many times the agent of this host has started its ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def count_gpus_without_cuda() -> None:
+    """Let torch count GPUs by NVML from now on: its other way starts CUDA's driver, which no forked rank could use."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 def cache_folder() -> Path:
@@ -75,43 +90,83 @@ def launched(meeting: Meeting) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run_ranks(function: Callable[..., None], *args: Any, num_ranks: int, log_dir: Path) -> None:
+def run_ranks(
+    function: Callable[..., None],
+    *args: Any,
+    num_ranks: int,
+    log_dir: Path,
+    hosts: Hosts | None = None,
+    max_restarts: int = 0,
+) -> None:
     """Run `function(*args)` on `num_ranks` ranks of this host and wait; `function` opens its own `rank_context`.
 
-    Output of rank 0 goes to the terminal, that of the others to files below `log_dir`. Raises what a rank raised if
-    that was a MeshloomError, else RunFailed naming the rank and its log; no process is left behind in either case.
+    With `hosts` as many run on each of them, as one world. If a rank dies all are started again, at most `max_restarts`
+    times. Output of rank 0 goes to the terminal, that of the others to files below `log_dir`. Raises what a rank raised
+    if that was a MeshloomError, else RunFailed naming the rank and its log; no process is left behind in either case.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        run_id, first = uuid.uuid4().hex, 0
+        if hosts is not None:
+            facts = f"{hosts.job} on {hosts.num_hosts} hosts of {num_ranks} ranks"
+            run_id = stack.enter_context(joined(hosts, facts=facts, again=max_restarts > 0))
+            os.environ[_HOSTS] = json.dumps(asdict(hosts))
+            stack.callback(os.environ.pop, _HOSTS)
+            first = hosts.host_rank * num_ranks
+        own = log_dir if not first else log_dir / str(hosts and hosts.name)
+        own.mkdir(parents=True, exist_ok=True)
+        # What the agent logs when a rank dies is told in one line below; the rest is for those who debug it.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        count_gpus_without_cuda()
+        sys.stdout.flush()
+        agent = elastic_launch(_agent(num_ranks, own, hosts, run_id, max_restarts), _rank)
+        ranks = range(first, first + num_ranks)
+        try:
+            agent(function, args, os.getpid(), str(own))
+        except ChildFailedError as error:
+            cause = _explain(own, ranks)
+            if hosts is not None and isinstance(cause, RunFailed):
+                cause = RunFailed(f"{hosts}: {cause}; if it lost a connection, another host tells why")
+            raise cause from error
+        except RendezvousError as error:
+            raise RunFailed(
+                f"{hosts}: the hosts did not come together (again): {str(error) or 'time is up'}"
+            ) from error
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from error
+            raise RunFailed(f"stopped by {error.sigval.name}; all {num_ranks} ranks were ended") from error
+
+
+def _agent(num_ranks: int, log_dir: Path, hosts: Hosts | None, run_id: str, max_restarts: int) -> LaunchConfig:
+    """How torchrun's agent is set up: it starts the ranks of this host, and watches them."""
     fork = sys.platform == "linux"  # elsewhere forking after an import of torch is not safe
-    quiet: dict[int, Std] = dict.fromkeys(range(1, num_ranks), Std.ALL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+    shown = 1 if hosts is None or hosts.host_rank == 0 else 0
+    # The agent must have no threads of C++ when it forks, because a lock that one of them holds just then stays
+    # locked in the child for ever: it serves no store.
+    where: dict[str, Any] = {"rdzv_backend": one_host.NAME}
+    if hosts is None:
+        rendezvous_handler_registry.register(one_host.NAME, one_host.OneHost)
+    else:
+        where = {
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": hosts.endpoint,
+            "rdzv_configs": {"store_type": "tcp", "is_host": False, "timeout": round(hosts.timeout_s)},
+            "local_addr": hosts.name,
+        }
+    return LaunchConfig(
+        min_nodes=1 if hosts is None else hosts.num_hosts,
+        max_nodes=1 if hosts is None else hosts.num_hosts,
         nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        # A store in a file, and rank 0 as the host of the one that ranks meet in: the agent must have no threads of
-        # C++ when it forks, because a lock that one of them holds just then stays locked in the child for ever.
-        rdzv_endpoint=str((log_dir / "rendezvous").absolute()),
-        rdzv_configs={"store_type": "file"},
-        local_addr="localhost",
-        max_restarts=0,
+        run_id=run_id,
+        max_restarts=max_restarts,
         monitor_interval=0.1,
         start_method="fork" if fork else "spawn",
-        logs_specs=DefaultLogsSpecs(log_dir=str(log_dir / "elastic"), redirects=quiet),
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(log_dir / "elastic"), redirects=dict.fromkeys(range(shown, num_ranks), Std.ALL)
+        ),
+        **where,
     )
-    # What the agent logs when a rank dies is told in one line below; the rest is for those who debug it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    sys.stdout.flush()
-    try:
-        elastic_launch(config, _rank)(function, args, os.getpid(), str(log_dir))
-    except ChildFailedError as error:
-        raise _explain(log_dir, num_ranks) from error
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
-        raise RunFailed(f"stopped by {error.sigval.name}; all {num_ranks} ranks were ended") from error
 
 
 @contextmanager
@@ -144,14 +199,30 @@ def rank_context(device: str = "auto") -> Iterator[torch.device]:
             dist.init_process_group(
                 backend, store=store, rank=meeting.rank, world_size=meeting.world_size, timeout=timedelta(days=1)
             )
+        elif _HOSTS in os.environ:
+            # a port that is new in each round of the agents, so that a round meets none of what the last one left
+            round_ = f"round {os.environ['MASTER_PORT']}"
+            _init(backend, PrefixStore(round_, Hosts(**json.loads(os.environ[_HOSTS])).connect()))
         elif world_from_environment() is None:
             # a single process that nobody launched is a world of one
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and restart_count():
+            # torchrun keeps the store of the ranks that it starts again, with the addresses of those that died in it
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            kept = TCPStore(address, port, is_master=False)
+            store = PrefixStore(f"restart {restart_count()}", kept)
+            _init(backend, store)
         else:
             dist.init_process_group(backend)
         stack.enter_context(_closed_in_the_end(use_cuda))
         yield chosen
         dist.barrier()
+
+
+def _init(backend: str, store: Store) -> None:
+    """Make the world of the ranks that an agent has numbered, by a store of their own."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 @contextmanager
@@ -174,6 +245,7 @@ def _rank(function: Callable[..., None], args: tuple[Any, ...], parent: int, log
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     note = Path(log_dir) / f"end.rank{os.environ['RANK']}.json"
+    note.unlink(missing_ok=True)  # of the time before, if the ranks are started again
     threading.Thread(target=_end_on_signal, args=(note,), daemon=True).start()
     try:
         function(*args)
@@ -198,9 +270,10 @@ def _note_end(note: Path, how: str, message: str, trace: str) -> None:
     part.replace(note)
 
 
-def _explain(log_dir: Path, num_ranks: int) -> MeshloomError:
-    """The error to show: a user's mistake that a rank found, else which rank died first and of what."""
-    notes = {rank: log_dir / f"end.rank{rank}.json" for rank in range(num_ranks)}
+def _explain(log_dir: Path, ranks: range) -> MeshloomError:
+    """The error to show: a user's mistake that a rank of this host found, else which died first and of what."""
+    num_ranks = len(ranks)
+    notes = {rank: log_dir / f"end.rank{rank}.json" for rank in ranks}
     ends = {rank: json.loads(note.read_text()) for rank, note in notes.items() if note.exists()}
     failed = {rank: end for rank, end in ends.items() if end["how"] != "finished"}
     by_time = sorted(failed.items(), key=lambda item: item[1]["time_ns"])
@@ -210,9 +283,9 @@ def _explain(log_dir: Path, num_ranks: int) -> MeshloomError:
             error: MeshloomError = kind(end["message"])
             return error
     others = f"; the other {num_ranks - 1} were ended" if num_ranks > 2 else "; the other was ended" * (num_ranks - 1)
-    silent = [rank for rank in range(num_ranks) if rank not in ends]
+    silent = [rank for rank in ranks if rank not in ends]
     if silent or not by_time:  # others lose their connection to it and fail, but they can still say so
-        rank = silent[0] if silent else 0
+        rank = silent[0] if silent else ranks[0]
         return RunFailed(
             f"rank {rank} was killed (by hand, by the system for want of memory, or it crashed){others}; see {log_dir}"
         )

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers
+from meshloom.parallel.average import average_gradients
 from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, Output, held, trace_flow
 from meshloom.parallel.mesh import Mesh
@@ -35,7 +36,6 @@ from meshloom.plan import Plan
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 MESSAGE = "message:"  # the prefix of scopes that name the ranks of a message, which PyTorch's traces count in its group
-_BUCKET_BYTES = 25 << 20  # what DistributedDataParallel sends at once
 
 
 class _StageOver(Exception):
@@ -232,13 +232,18 @@ class Pipeline(nn.Module):
     # -- the schedule
 
     def run(
-        self, micro_batches: Sequence[Mapping[str, Tensor]], *, phase: Phase = lambda name: nullcontext()
+        self,
+        micro_batches: Sequence[Mapping[str, Tensor]],
+        *,
+        phase: Phase = lambda name: nullcontext(),
+        seed: Tensor | None = None,
     ) -> Tensor:
         """Forward and backward of all micro-batches; returns their mean loss (), the same on every rank.
 
-        Gradients are left on the parameters, summed over stages that share one, averaged over data parallel.
+        Gradients are left on the parameters, summed over stages that share one, averaged over data parallel. They are
+        `seed` times as large, () float32, if it is given.
         """
-        runner = _Runner(self, micro_batches, phase)
+        runner = _Runner(self, micro_batches, phase, seed)
         for action in self._order(len(micro_batches)):
             runner.act(action)
         runner.finish()
@@ -246,6 +251,15 @@ class Pipeline(nn.Module):
             self._reduce()
         with phase("forward"):  # the last stage tells the others
             dist.all_reduce(runner.loss, group=self.mesh.groups["pp"])
+        return runner.loss
+
+    def loss_of(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss () of one batch, forward only, the same on every rank."""
+        runner = _Runner(self, [batch], lambda name: nullcontext(), None)
+        for stage in range(self.index, self.num_stages, self.num_ranks):
+            runner.act(Action(kind="forward", stage=stage, micro_batch=0))
+        runner.finish()
+        dist.all_reduce(runner.loss, group=self.mesh.groups["pp"])
         return runner.loss
 
     def _order(self, num_micro_batches: int) -> list[Action]:
@@ -300,8 +314,10 @@ class Pipeline(nn.Module):
 class _Runner:
     """One step of a pipeline on one rank."""
 
-    def __init__(self, pipeline: Pipeline, micro_batches: Sequence[Mapping[str, Tensor]], phase: Phase) -> None:
-        self.pipeline, self.micro_batches, self.phase = pipeline, micro_batches, phase
+    def __init__(
+        self, pipeline: Pipeline, micro_batches: Sequence[Mapping[str, Tensor]], phase: Phase, seed: Tensor | None
+    ) -> None:
+        self.pipeline, self.micro_batches, self.phase, self.seed = pipeline, micro_batches, phase, seed
         self.mesh = pipeline.mesh
         self.group = self.mesh.groups["pp"]
         assert self.mesh.back_group is not None
@@ -369,7 +385,7 @@ class _Runner:
         """What the stage made that needs a gradient, and those gradients, from the stage after."""
         made = [tensor for tensor in self.made[stage, mb] if tensor.is_floating_point()]
         if stage == self.pipeline.num_stages - 1:
-            return made, [None]
+            return made, [self.seed]
         roots: list[Tensor] = []
         gradients: list[Tensor | None] = []
         for place, tensor in enumerate(made):
@@ -430,28 +446,6 @@ class _Runner:
     def _tag(self, stage: int, mb: int, place: int) -> int:
         """The same number on both ends: which stage receives, which micro-batch, which of its tensors."""
         return (stage * len(self.micro_batches) + mb) * 16 + place
-
-
-def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Average gradients over the group, in buckets as large as DistributedDataParallel's."""
-    buckets: list[list[Tensor]] = [[]]
-    size = 0
-    for parameter in parameters:
-        assert parameter.grad is not None
-        if size + parameter.grad.nbytes > _BUCKET_BYTES and buckets[-1]:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(parameter.grad)
-        size += parameter.grad.nbytes
-    works = []
-    for bucket in buckets:
-        flat = torch.cat([gradient.flatten() for gradient in bucket]) / group.size()
-        works.append((dist.all_reduce(flat, group=group, async_op=True), flat, bucket))
-    for work, flat, bucket in works:
-        if work is not None:
-            work.wait()
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
 
 
 def find_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None = None) -> Stages:

@@ -30,14 +30,19 @@ def recompute(model: nn.Module, layers: Sequence[str], mode: Recompute) -> None:
     """
     if mode == "none":
         return
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    for config in configs.values():
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
+    without_cache(model)
     context: Any = partial(create_selective_checkpoint_contexts, _keep) if mode == "selective" else None
     for path in layers:
         layer = model.get_submodule(path)
         layer.forward = partial(_forward, layer.forward, context)
+
+
+def without_cache(model: nn.Module) -> None:
+    """Let the forward keep no keys and values for a next one."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    for config in configs.values():
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
 
 
 def _forward(forward: Callable[..., Any], context: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
     checkpoint-N/   config.json, model.safetensors, the tokenizer's files   what `from_pretrained` opens
                     training_info.json                                      step, plan, place in the data, file sizes
                     state/                                                  optimizer and random states, and an index
+    initial_model/  best_model/                                             the same without state/
 
 A checkpoint is written beside its place and renamed when all of it is on disk, so one that is listed is whole. Saving
 copies this rank's part to memory and goes on in the background; the next save waits for it.
@@ -135,9 +136,8 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if mesh.plan.world_size > 1 else None
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future[Any] | None = None
-        if mesh.rank == 0:  # of a run that was killed while it saved
-            for left in [*folder.glob(".*.part"), *folder.glob(".*.gone")]:
-                shutil.rmtree(left, ignore_errors=True)
+        if mesh.rank == 0:
+            _tidy(folder)
 
     def save(
         self, step: int, *, data: Mapping[str, Any], scheduler: Mapping[str, Any] | None = None, wait: bool = False
@@ -146,23 +146,27 @@ class Checkpoints:
         self.wait()
         facts = {"step": step, "data": dict(data), "scheduler": scheduler}
         items = {**self._weights(), **self._optimizer_state(), **self._random_state()}
-        self._start(self.folder / f"checkpoint-{step}", items, facts)
+        self._start(self.folder / f"checkpoint-{step}", items, facts, is_checkpoint=True)
         if wait:
             self.wait()
 
-    def export(self, name: str) -> None:
-        """Write the weights as `name`, a folder that Hugging Face opens, and wait until it is there."""
+    def export(self, name: str, *, wait: bool = True, **facts: Any) -> None:
+        """Write the weights as `name`, a folder that Hugging Face opens, with `facts` in its training_info.json."""
         self.wait()
-        self._start(self.folder / name, self._weights(), None)
-        self.wait()
+        self._start(self.folder / name, self._weights(), facts, is_checkpoint=False)
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
-        """Wait until what is being saved is on disk; raises FolderError if it could not be."""
+        """Wait until what is being saved is on disk; raises FolderError if it could not be, and leaves none of it."""
         pending, self.pending = self.pending, None
         if pending is not None:
             try:
                 pending.result()
             except CheckpointException as error:
+                if self.mesh.rank == 0:
+                    for part in self.folder.glob(".*.part"):
+                        shutil.rmtree(part, ignore_errors=True)
                 raise _cause(error, f"{self.folder}: expected to save a checkpoint here") from error
 
     def load(self, path: Path) -> TrainingState:
@@ -237,16 +241,18 @@ class Checkpoints:
 
     # -- how it is saved
 
-    def _start(self, target: Path, items: Mapping[str, Stored], facts: Mapping[str, Any] | None) -> None:
+    def _start(
+        self, target: Path, items: Mapping[str, Stored], facts: Mapping[str, Any], *, is_checkpoint: bool
+    ) -> None:
         part = target.with_name(f".{target.name}.part")
 
         def prepare() -> None:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
 
         def complete() -> None:
-            self._describe(part, facts)
+            self._describe(part, facts, is_checkpoint)
             _rename(part, target)
-            if facts is not None and self.keep:
+            if is_checkpoint and self.keep:
                 for old in checkpoints(self.folder)[: -self.keep]:
                     _remove(old)
 
@@ -255,7 +261,7 @@ class Checkpoints:
             dcp_save, dict(items), storage_writer=writer, planner=Saving(), process_group=self.group
         )
 
-    def _describe(self, part: Path, facts: Mapping[str, Any] | None) -> None:
+    def _describe(self, part: Path, facts: Mapping[str, Any], is_checkpoint: bool) -> None:
         """Write what is no tensor, last of all the sizes of the files, and wait until everything is on disk."""
         config: Any = self.inner.config
         config.architectures = [type(self.inner).__name__]
@@ -265,12 +271,12 @@ class Checkpoints:
             generation.save_pretrained(part)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(part)
-        if facts is None:
+        if not is_checkpoint:
             shutil.rmtree(part / "state")
         files = sorted(path for path in part.rglob("*") if path.is_file())
         sizes = {str(path.relative_to(part)): path.stat().st_size for path in files}
         table = {"version": _VERSION, "meshloom": meshloom.__version__, "plan": str(self.mesh.plan)}
-        text = json.dumps({**table, **(facts or {}), "files": sizes}, indent=2)
+        text = json.dumps({**table, **facts, "files": sizes}, indent=2)
         (part / _INFO).write_text(text, encoding="utf-8")
         for path in [*files, part / _INFO]:
             _sync(path)
@@ -347,11 +353,24 @@ def _cause(error: CheckpointException, what: str) -> MeshloomError:
 
 
 def _rename(part: Path, target: Path) -> None:
-    """Give a folder its name; one that had it before, which could not be read, goes."""
+    """Give a folder its name; one that had it before goes, but not before the new one is there."""
+    old = target.with_name(f".{target.name}.old")
     if target.exists():
-        _remove(target)
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
     part.rename(target)
     sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a run left that was killed while it saved; a model that was to be replaced gets its name back."""
+    for old in folder.glob(".*.old"):
+        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not target.exists():
+            old.rename(target)
+    for left in [path for kind in ("part", "gone", "old") for path in folder.glob(f".*.{kind}")]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -57,12 +57,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """The endless sequences of a run: what they are read from, and all that decides their order."""
+    """The endless sequences of a run: what they are read from, and all that decides their order.
+
+    Of each source's packed texts, and of its pairs, only those from `begin` to `end` are read, as shares of all.
+    """
 
     parts: tuple[Part, ...]
     seq_length: int
     seed: int
     frame: Frame | None  # None for causal models
+    begin: float = 0.0
+    end: float = 1.0
 
     @property
     def num_sequences(self) -> int:
@@ -116,6 +121,24 @@ def make_stream(
     return stream
 
 
+def hold_out(stream: Stream, fraction: float) -> tuple[Stream, Stream]:
+    """What is left to train on, and what is held out: the last `fraction` of each source's sequences.
+
+    Raises DataError if either would be empty.
+    """
+    kept, held = replace(stream, end=1.0 - fraction), replace(stream, begin=1.0 - fraction)
+    for what in (kept, held):
+        for part in what.parts:
+            num_sequences = _Reader(part, what).num_sequences
+            if not num_sequences:
+                in_all = _Reader(part, stream).num_sequences
+                raise DataError(
+                    f"--eval-fraction {fraction}: expected a share that leaves sequences on both sides, the data holds "
+                    f"{in_all:,}; give --eval-data, or another share"
+                )
+    return kept, held
+
+
 def check_tokenizer(tokenizer: Any, config: Any, objective: str) -> None:
     """Raise DataError if the model has no room for the tokenizer's ids, or masking needs a token that is not there."""
     if len(tokenizer) > config.vocab_size:
@@ -157,11 +180,22 @@ class Sequences:
             _Reader(part, stream, seed=mixed(stream.seed, place)) for place, part in enumerate(stream.parts)
         ]
         self._turns = turns([part.weight for part in stream.parts])
+        self._starts = [0, *accumulate(reader.num_sequences for reader in self._readers)]
+
+    def __len__(self) -> int:
+        """How many sequences there are, each once."""
+        return self._starts[-1]
 
     def row(self, number: int) -> Row:
         """What sequence `number` gives the model: argument names -> int64 (seq_length,)."""
         part, turn = self._turns.at(number)
         row = self._readers[part].row(turn)
+        return row if self._stream.frame is None else _mask(row, self._stream.frame, self._stream.seed, number)
+
+    def once(self, number: int) -> Row:
+        """What sequence `number` of len(self) gives the model, in an order that has each of them once."""
+        part = bisect_right(self._starts, number) - 1
+        row = self._readers[part].row(number - self._starts[part])
         return row if self._stream.frame is None else _mask(row, self._stream.frame, self._stream.seed, number)
 
 
@@ -179,16 +213,18 @@ class _Reader:
         self._ends = [shard.ends() for shard in pairs]
         self._text_starts = [0, *accumulate(shard.num_tokens for shard in texts)]
         self._pair_starts = [0, *accumulate(shard.num_segments // 2 for shard in pairs)]
-        self._num_packed = self._text_starts[-1] // self._width
-        self.num_sequences = self._num_packed + self._pair_starts[-1]
+        packed, pairs_held = self._text_starts[-1] // self._width, self._pair_starts[-1]
+        self._first_packed, self._first_pair = round(stream.begin * packed), round(stream.begin * pairs_held)
+        self._num_packed = round(stream.end * packed) - self._first_packed
+        self.num_sequences = self._num_packed + round(stream.end * pairs_held) - self._first_pair
         self._block: tuple[int, int, NDArray[np.uint64]] | None = None
 
     def row(self, turn: int) -> Row:
         """The sequence of the part's `turn`: each comes once an epoch, in an order of that epoch."""
         place = self._place(turn)
         if place >= self._num_packed:
-            return self._pair(place - self._num_packed)
-        ids = self._packed(place)
+            return self._pair(self._first_pair + place - self._num_packed)
+        ids = self._packed(self._first_packed + place)
         if self._frame is None:
             return {"input_ids": ids, "labels": ids.copy()}
         ids = np.concatenate([self._frame.before, ids, self._frame.after])

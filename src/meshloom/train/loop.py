@@ -4,197 +4,262 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meshloom.errors import PlanError, RunFailed
-from meshloom.model.build import build_model, example_batch, num_parameters
-from meshloom.model.config import Objective
-from meshloom.model.pretrained import check_weights, fill_from
-from meshloom.model.step import Batch, Precision, StepResult, make_optimizer, train_step
+from meshloom.errors import RunFailed, UsageError
+from meshloom.model.build import build_model
+from meshloom.model.pretrained import fill_from
+from meshloom.model.scale import LOWEST, LossScale
+from meshloom.model.step import DTYPES, Batch, StepResult, found_inf, make_optimizer, train_step
 from meshloom.model.weights import Fill, build_part
-from meshloom.parallel.apply import check_plan
+from meshloom.parallel.compiled import check_compiler
 from meshloom.parallel.data import data_parallel, settle_buckets
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.placement import Placed
-from meshloom.plan import Plan
-from meshloom.train.checkpoint import Checkpoints, TrainingState, check_architecture
-from meshloom.train.data import Stream, batches
-from meshloom.train.metrics import Reporter
-from meshloom.train.optim import LearningRateSchedule, learning_rate, set_learning_rate
+from meshloom.train.checkpoint import Checkpoints, TrainingState
+from meshloom.train.data import batches
+from meshloom.train.evaluate import Evaluator
+from meshloom.train.job import Job
+from meshloom.train.metrics import RankLog, Reporter, Told, writing
+from meshloom.train.optim import set_learning_rate
 from meshloom.train.runs import is_asked_to_stop
+from meshloom.train.sinks import EventFile, Sink, WandbRun
 
 # A hook for each rank: given the mesh and the model, it returns what stands around step number s. Capture is one.
 AroundStep = Callable[[Mesh, nn.Module], Callable[[int], AbstractContextManager[None]]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is trained, on what; `batch_size` is that of one rank's micro-batch.
-
-    `stream` is None until the data is tokenised, which comes after every check that is cheaper.
-    """
-
-    config: Any
-    objective: Objective
-    tokenizer: Any
-    plan: Plan
-    max_steps: int
-    batch_size: int
-    seq_length: int
-    learning_rate: float
-    weight_decay: float
-    max_grad_norm: float
-    seed: int
-    stream: Stream | None = None
-    save_steps: int = 0  # 0: never
-    keep_last: int | None = None
-    save_initial: bool = False
-    resume: str | None = None  # the checkpoint to go on from
-    weights: str | None = None  # the folder of the weights to begin with, random ones if None
-    shard_cache: str | None = None  # where each rank's part of them is kept
-    lr_schedule: LearningRateSchedule = "constant"
-    warmup_steps: int = 0
-    log_steps: int = 1
-    precision: Precision = "fp32"
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
-        return learning_rate(
-            self.lr_schedule, step, peak=self.learning_rate, warmup_steps=self.warmup_steps, num_steps=self.max_steps
-        )
-
-
-def check_job(job: Job, available_bytes: int | None) -> int:
-    """How many parameters the model has; raises if the plan, the length or the memory cannot be, before any process.
-
-    Memory counts weights, gradients and two states of Adam in float32: 16 bytes a parameter on each rank.
-    """
-    limit = getattr(job.config, "max_position_embeddings", None)
-    if limit is not None and job.seq_length > limit:
-        raise PlanError(f"--seq-length {job.seq_length}: expected at most {limit}, the positions that the model has")
-    model = build_model(job.config, job.objective, seed=job.seed, device="meta")
-    check_plan(model, job.plan, example_batch(job.objective, micro_batch=1, seq_length=8, device="meta"))
-    if job.resume is not None:
-        check_architecture(Path(job.resume), model)
-    elif job.weights is not None:
-        check_weights(Path(job.weights), model)
-    needed = 16 * num_parameters(model) * job.plan.dp
-    if available_bytes is not None and needed > available_bytes:
-        raise PlanError(
-            f"plan {job.plan}: {job.plan.world_size} ranks need about {needed / 1e9:.1f} GB for weights, "
-            f"gradients and optimizer, this host has {available_bytes / 1e9:.1f} GB free; use fewer ranks"
-        )
-    return num_parameters(model)
-
-
 def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | None, rank_zero_shows: bool) -> None:
     """Train on the calling rank, within an initialised environment of as many ranks as the plan has."""
     with rank_context(device) as chosen:
+        _check_device(job, chosen)
         mesh = make_mesh(job.plan, chosen)
-        inner = _build(job, mesh)
-        optimizer = make_optimizer(inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay)
-        saves = _checkpoints(job, Path(folder) / "checkpoints", inner, optimizer, mesh)
-        begun = saves.load(Path(job.resume)) if job.resume else TrainingState(step=0, plan=job.plan)
-        if job.save_steps and job.save_initial and not begun.step:
-            saves.export("initial_model")
-        model = data_parallel(inner, mesh)
+        training = Training(job, Path(folder), mesh)
+        inner = training.inner
         around = (
             around_step(mesh, inner.model if isinstance(inner, Pipeline) else inner)
             if around_step is not None
             else lambda step: nullcontext()
         )
-        _repeat(job, Path(folder), model, optimizer, mesh, around, saves, begun, rank_zero_shows)
-        saves.wait()
+        try:
+            training.repeat(around, show=rank_zero_shows)
+        finally:
+            training.log.close()
 
 
-def _repeat(
-    job: Job,
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    mesh: Mesh,
-    around: Callable[[int], AbstractContextManager[None]],
-    saves: Checkpoints,
-    begun: TrainingState,
-    show: bool,
-) -> None:
-    """Step after step, until all are done or the run is asked to stop."""
-    per_step = job.plan.dp * job.plan.num_micro_batches * job.batch_size
-    read = begun.data.get("sequences", 0)  # by all ranks, before this step
-    steps = _micro_batches(job, mesh, read)
-    if begun.step:
-        first = next(steps)
-        settle_buckets(model, first[0])
-        steps = chain([first], steps)
-    stream = enumerate(steps, start=begun.step)
-    tokens = per_step * job.seq_length
-    stores = mesh.rank == 0
-    reporter = Reporter(
-        folder,
-        max_steps=job.max_steps,
-        tokens_per_step=tokens,
-        store=stores,
-        show=stores and show,
-        first_step=begun.step,
-    )
-    with reporter:
-        for step, micro_batches in islice(stream, max(0, job.max_steps - begun.step)):
-            context = around(step)
-            recorded = not isinstance(context, nullcontext)
-            if recorded:
-                saves.wait()  # its collectives are no part of the step
-            rate = job.rate(step)
-            set_learning_rate(optimizer, rate)
-            with context:
-                result = train_step(
-                    model, optimizer, micro_batches, mesh=mesh, max_grad_norm=job.max_grad_norm, precision=job.precision
-                )
-            read += per_step
-            done = step + 1
-            due = done == job.max_steps or bool(job.save_steps and done % job.save_steps == 0)
-            if done % job.log_steps and step != begun.step and not due and not recorded:
-                continue  # nothing is read from the device, so that it need not wait for us
-            told = _agree(result, mesh, stop=mesh.rank == 0 and is_asked_to_stop(folder))
-            if not isfinite(told.loss):  # the weights are lost by now; the newest checkpoint is from before
-                raise RunFailed(f"step {done}: the loss is {told.loss} on rank {told.bad_rank}; lower --learning-rate")
-            norm = None if result.grad_norm is None else float(result.grad_norm)
-            memory = _most_memory(mesh.device)
-            reporter.step(step, told.loss, learning_rate=rate, grad_norm=norm, memory_bytes=memory, recorded=recorded)
-            if (job.save_steps and due) or told.stop:
-                saves.save(done, data={"sequences": read})
-            if told.stop:
-                break
+def _check_device(job: Job, device: torch.device) -> None:
+    """Raise UsageError for what this device cannot do."""
+    if job.compiled:
+        check_compiler(device.type)
+    if device.type != "cuda" and getattr(job.config, "_attn_implementation", "") == "flash_attention_2":
+        raise UsageError(f"--attention flash: expected an NVIDIA GPU, this rank computes on {device}; use sdpa")
+    if job.precision != "fp32":
+        try:
+            with torch.autocast(device.type, DTYPES[job.precision]):
+                one = torch.ones(8, 8, device=device)
+                torch.mm(one, one)
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"--precision {job.precision}: expected a device that computes in it, {device} does not; "
+                "use bf16 or fp32"
+            ) from error
 
 
-class _Told(NamedTuple):
-    """What all ranks know of a step: the mean loss, the first rank whose loss is no number, whether to end."""
+class Training:
+    """A run on this rank: its part of the model, and where it stands between two steps."""
+
+    def __init__(self, job: Job, folder: Path, mesh: Mesh) -> None:
+        self.job, self.folder, self.mesh = job, folder, mesh
+        self.log = RankLog(folder, mesh.rank)
+        self.inner = _build(job, mesh)
+        self.optimizer = make_optimizer(self.inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay)
+        self.saves = _checkpoints(job, folder / "checkpoints", self.inner, self.optimizer, mesh)
+        self.begun = self.saves.load(Path(job.resume)) if job.resume else TrainingState(step=0, plan=job.plan)
+        if job.save_steps and job.save_initial and not self.begun.step:
+            self.saves.export("initial_model", step=0)
+        self.model = data_parallel(self.inner, mesh)
+        self.per_step = job.plan.dp * job.plan.num_micro_batches * job.batch_size  # sequences, of all ranks
+        data = self.begun.data
+        self.read = int(data.get("sequences", 0))  # by all ranks, before the next step
+        self.best = data.get("best_eval_loss")
+        self.scale = None
+        if job.precision == "fp16":
+            self.scale = LossScale(mesh.device, **data.get("loss_scale") or {})
+        self.bad_loss = torch.zeros((), device=mesh.device)  # 1 from the first step on whose loss is no number here
+        self.evaluator = None
+        if job.evaluation is not None:
+            self.evaluator = Evaluator(
+                job.evaluation, model=self.inner, objective=job.objective, batch_size=job.batch_size, mesh=mesh,
+                precision=job.precision,
+            )  # fmt: skip
+        held = sum(parameter.numel() for parameter in self.inner.parameters())
+        self.log.write("begin", rank=mesh.rank, device=str(mesh.device), num_parameters=held, step=self.begun.step)
+
+    def repeat(self, around: Callable[[int], AbstractContextManager[None]], *, show: bool) -> None:
+        """Step after step, until all are done or the run is asked to stop."""
+        job, mesh, optimizer, begun = self.job, self.mesh, self.optimizer, self.begun.step
+        steps = self._micro_batches()
+        if begun:
+            first = next(steps)
+            settle_buckets(self.model, first[0])
+            steps = chain([first], steps)
+        with self._reporter(show) as reporter:
+            for step, micro_batches in islice(enumerate(steps, start=begun), max(0, job.max_steps - begun)):
+                context = around(step)
+                recorded = not isinstance(context, nullcontext)
+                if recorded:
+                    self.saves.wait()  # its collectives are no part of the step
+                rate = job.rate(step)
+                set_learning_rate(optimizer, rate)
+                with context:
+                    result = train_step(
+                        self.model, optimizer, micro_batches, mesh=mesh, max_grad_norm=job.max_grad_norm,
+                        precision=job.precision, scale=self.scale,
+                    )  # fmt: skip
+                self.bad_loss.logical_or_(result.loss * 0)
+                self.read += self.per_step
+                if not (recorded or step == begun or job.is_due(step + 1)):
+                    continue  # nothing is read from the device, so that it need not wait for us
+                if self._report(reporter, step, result, rate, recorded):
+                    break
+        self.saves.wait()
+        self.log.write("end")
+
+    def _report(self, reporter: Reporter, step: int, result: StepResult, rate: float, recorded: bool) -> bool:
+        """Tell of a step, evaluate and save if it is time; whether the run was asked to end. Reads from the device."""
+        job, done = self.job, step + 1
+        known = self._agree(result)
+        scale = None if self.scale is None else float(self.scale.value)
+        if known.bad_rank >= 0 and (scale is None or scale < LOWEST):
+            self._fail(known, done)
+        eval_loss, eval_ns = None, 0
+        if self.evaluator is not None and job.evaluates(done):
+            begin = time.perf_counter_ns()
+            eval_loss = self.evaluator.loss()
+            eval_ns = time.perf_counter_ns() - begin
+        norm = None if result.grad_norm is None else float(result.grad_norm)
+        told = Told(
+            step=step, loss=known.loss, learning_rate=rate, grad_norm=norm, memory_bytes=_most_memory(self.mesh.device),
+            recorded=recorded, loss_scale=scale, eval_loss=eval_loss, eval_ns=eval_ns,
+        )  # fmt: skip
+        reporter.step(told)
+        self.log.write("step", step=step, loss=known.mine, memory_bytes=told.memory_bytes)
+        if eval_loss is not None and isfinite(eval_loss) and (self.best is None or eval_loss < self.best):
+            self.best = eval_loss
+            self.saves.export("best_model", wait=False, step=done, eval_loss=eval_loss)
+        if job.saves(done) or known.stop:
+            self._save(done, self.read)
+        return known.stop
+
+    def _save(self, done: int, read: int) -> None:
+        data = {"sequences": read, "best_eval_loss": self.best}
+        if self.scale is not None:
+            data["loss_scale"] = self.scale.state()
+        self.saves.save(done, data=data)
+        self.log.write("save", step=done)
+
+    def _fail(self, known: _Known, done: int) -> None:
+        """Save what was good, if it still is there, and raise RunFailed."""
+        what = "the loss is no number" if known.bad_loss else "the gradients are not finite"
+        where = f"{what} on rank {known.bad_rank}"
+        self.log.write("failed", step=done, reason=where)
+        if not self.job.max_grad_norm or self.scale is not None:
+            raise RunFailed(
+                f"step {done}: {where}; the weights may be lost, so go on from an older checkpoint; "
+                "lower --learning-rate"
+            )
+        counts = [state["step"] for state in self.optimizer.state.values() if "step" in state]
+        good = torch.stack([count.double() for count in counts] or [torch.zeros(())]).max().to(self.mesh.device)
+        dist.all_reduce(good, op=dist.ReduceOp.MAX)  # the optimizer counts only steps that changed something
+        last = int(good)
+        if last > self.begun.step and not self.job.saves(last):
+            self._save(last, self.read - (done - last) * self.per_step)
+            self.saves.wait()
+        saved = f"saved as checkpoint-{last}" if last > self.begun.step else f"those after step {last}"
+        raise RunFailed(
+            f"step {last + 1}: {where}; weights and optimizer are as they were before it, {saved}; "
+            "lower --learning-rate, or look at the data there"
+        )
+
+    def _agree(self, result: StepResult) -> _Known:
+        """Tell every rank of every rank's loss, and whether rank 0 was asked to end; reads from the device."""
+        stop = self.mesh.rank == 0 and is_asked_to_stop(self.folder)
+        mine = torch.stack(
+            [
+                result.loss.double(),
+                torch.tensor(float(stop), dtype=torch.double, device=self.mesh.device),
+                self.bad_loss.double(),
+                found_inf(self.optimizer).double(),
+            ]
+        )
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        losses, stops, bad_losses, overflows = torch.stack(everyone).t().tolist()
+        if self.scale is not None:  # which sees to such steps itself
+            self.bad_loss.zero_()
+        bad = [rank for rank, flag in enumerate(bad_losses) if flag] or [r for r, flag in enumerate(overflows) if flag]
+        # ranks that differ in tensor and pipeline parallel only have the same loss
+        return _Known(
+            loss=sum(losses) / len(losses), mine=losses[self.mesh.rank], bad_rank=bad[0] if bad else -1,
+            bad_loss=any(bad_losses), stop=any(stops),
+        )  # fmt: skip
+
+    def _reporter(self, show: bool) -> Reporter:
+        job, stores = self.job, self.mesh.rank == 0
+        return Reporter(
+            self.folder,
+            max_steps=job.max_steps,
+            tokens_per_step=self.per_step * job.seq_length,
+            store=stores,
+            show=stores and show,
+            first_step=self.begun.step,
+            sinks=self._sinks() if stores else (),
+            flops_per_token=job.flops_per_token,
+            peak_flops=job.peak_flops * job.plan.world_size,
+        )
+
+    def _sinks(self) -> list[Sink]:
+        with writing(self.folder):
+            sinks: list[Sink] = [EventFile(self.folder / "tensorboard", steps_before=self.begun.step)]
+        if self.job.wandb is not None:
+            sinks.append(WandbRun(self.job.wandb, folder=self.folder, config=self.job.facts()))
+        return sinks
+
+    def _micro_batches(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step, after the sequences that were read before."""
+        assert self.job.stream is not None
+        stream = batches(
+            self.job.stream,
+            batch_size=self.job.batch_size,
+            rank=self.mesh.index("dp"),
+            num_ranks=self.mesh.degree("dp"),
+            first_sequence=self.read,
+        )
+        while True:
+            yield [_to(batch, self.mesh.device) for batch in islice(stream, self.job.plan.num_micro_batches)]
+
+
+class _Known(NamedTuple):
+    """What all ranks know of a step: the mean loss, this rank's own, the first rank where something was not finite,
+    whether that was a loss, and whether to end."""
 
     loss: float
+    mine: float
     bad_rank: int
+    bad_loss: bool
     stop: bool
-
-
-def _agree(result: StepResult, mesh: Mesh, *, stop: bool) -> _Told:
-    """Tell every rank of every rank's loss, and whether rank 0 was asked to end; reads from the device."""
-    mine = torch.stack([result.loss.double(), torch.tensor(float(stop), dtype=torch.double, device=mesh.device)])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    losses, stops = torch.stack(everyone).t().tolist()
-    bad = [rank for rank, loss in enumerate(losses) if not isfinite(loss)]
-    # ranks that differ in tensor and pipeline parallel only have the same loss
-    return _Told(sum(losses) / len(losses), bad[0] if bad else -1, any(stops))
 
 
 def _most_memory(device: torch.device) -> int:
@@ -227,7 +292,7 @@ def _build(job: Job, mesh: Mesh) -> nn.Module:
         whole = build_model(job.config, job.objective, seed=job.seed, device="meta")
         cache = None if job.shard_cache is None else Path(job.shard_cache)
         fill = fill_from(Path(job.weights), whole, mesh=mesh, cache=cache)
-    model = build_part(job.config, job.objective, mesh=mesh, seed=job.seed, fill=fill).train()
+    model = build_part(job.config, job.objective, mesh=mesh, seed=job.seed, fill=fill, compiled=job.compiled).train()
     # Ranks of one tensor-parallel group draw the same dropout masks, or their copies of the residual would part.
     torch.manual_seed(job.seed + 1 + mesh.index("dp"))
     return model
@@ -235,20 +300,6 @@ def _build(job: Job, mesh: Mesh) -> nn.Module:
 
 def _leave(held: Mapping[str, Placed]) -> None:
     """Fill nothing."""
-
-
-def _micro_batches(job: Job, mesh: Mesh, read: int) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each step, after the first `read` sequences of the stream of all ranks."""
-    assert job.stream is not None
-    stream = batches(
-        job.stream,
-        batch_size=job.batch_size,
-        rank=mesh.index("dp"),
-        num_ranks=mesh.degree("dp"),
-        first_sequence=read,
-    )
-    while True:
-        yield [_to(batch, mesh.device) for batch in islice(stream, job.plan.num_micro_batches)]
 
 
 def _to(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -68,7 +69,16 @@ def find_resumed(resume: str, out: str | None) -> Resumed:
 
 
 def reopen_run(folder: Path) -> Path:
-    """Make a run folder ready to go on in: what its ranks wrote of their ends is put aside."""
+    """Make a run folder ready to go on in: what its ranks wrote of their ends is put aside.
+
+    Raises FolderError if the run in it is still going on, here or elsewhere.
+    """
+    known = read_run(folder)
+    if known.is_alive and known.process is not None and known.process["pid"] != os.getpid():
+        raise FolderError(
+            f"{folder}: expected a run that has ended, this one is in use by process {known.process['pid']}; "
+            f"end it with meshloom runs stop {folder}, or choose another --out"
+        )
     for number in range(1, 10_000):
         aside = folder / f"logs.{number}"
         if not aside.exists():
