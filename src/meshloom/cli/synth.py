@@ -131,11 +131,16 @@ def write_traces(
     # a pass more than there are cores: three on two so end together
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
     num_bytes = found.write(folder, roles_only=roles, num_processes=cores if forks else 1)
+    return _told(folder, found, num_bytes, roles)
+
+
+def _told(folder: Path, found: Any, num_bytes: int, roles: bool) -> dict[str, Any]:
+    """What the command prints as JSON."""
     return {
         "folder": str(folder),
-        "num_ranks": cut.world_size,
+        "num_ranks": found.plan.world_size,
         "num_roles": len(found.roles),
-        "num_files": len(found.roles) if roles else cut.world_size,
+        "num_files": len(found.roles) if roles else found.plan.world_size,
         "num_nodes": sum(role.num_nodes * (1 if roles else len(role.ranks)) for role in found.roles),
         "num_bytes": num_bytes,
         "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
