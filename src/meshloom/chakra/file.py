@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,12 +22,12 @@ from google.protobuf.message import DecodeError
 from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder, varint
 from meshloom.chakra.old import is_old, read_old
+from meshloom.chakra.packed import GZIP, Unpacked, unpack
 from meshloom.chakra.trace import Trace
 from meshloom.chakra.wire import StoredNodes, decode_node, frames, whole_frames
 from meshloom.errors import FolderError, TraceError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
-_GZIP = b"\x1f\x8b"
 _LARGEST_MESSAGE = 1 << 28  # bytes; what has no end by then is no message
 _META_ATTR_FIELD = 2  # the number of GlobalMetadata.attr
 
@@ -96,9 +97,9 @@ def read(path: str | Path) -> Trace:
     path = Path(path)
     try:
         data = path.read_bytes()
-        if data[:2] == _GZIP:
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+        if data[:2] == GZIP:
+            data = unpack(data)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _unreadable(path, error) from error
     if not data:
         raise _empty(path)
@@ -118,13 +119,14 @@ def stream(path: str | Path, *, chunk_bytes: int = 16 << 20) -> Iterator[Trace]:
     path = Path(path)
     try:
         with path.open("rb") as plain:
-            zipped = plain.read(2) == _GZIP
+            zipped = plain.read(2) == GZIP
             plain.seek(0)
-            file: IO[bytes] = gzip.GzipFile(fileobj=plain) if zipped else plain  # type: ignore[assignment]
+            file: IO[bytes] = io.BufferedReader(Unpacked(plain)) if zipped else plain
             if is_old(_first(file)):  # they were small
                 yield read(path)
                 return
-            file.seek(0)
+            plain.seek(0)
+            file = io.BufferedReader(Unpacked(plain)) if zipped else plain
             meta, data, passed = None, b"", 0
             while more := file.read(chunk_bytes):
                 data += more
@@ -132,6 +134,9 @@ def stream(path: str | Path, *, chunk_bytes: int = 16 << 20) -> Iterator[Trace]:
                 if meta is None and places:
                     (begin, end), *places = places
                     meta = _decode_meta(data[begin:end], path)
+                    if not places:  # so that it is not taken for a node when more has been read
+                        yield Trace(nodes=[], attrs=meta.attrs, version=meta.version)
+                        data, passed = data[end:], passed + end
                 if not places and len(data) > _LARGEST_MESSAGE:
                     break
                 if meta is None or not places:
@@ -144,7 +149,7 @@ def stream(path: str | Path, *, chunk_bytes: int = 16 << 20) -> Iterator[Trace]:
             for begin, end in frames(data, str(path), passed):  # only the first message, or one that breaks off
                 meta = meta or _decode_meta(data[begin:end], path)
                 yield Trace(nodes=[], attrs=meta.attrs, version=meta.version)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _unreadable(path, error) from error
 
 
@@ -195,7 +200,9 @@ def read_all(where: str | Path) -> dict[int, Trace]:
     traces: dict[int, Trace] = {}
     for index, file in enumerate(files):
         trace = read(file)
-        rank = int(trace.get("rank", index))
+        rank = trace.get("rank", index)
+        if not isinstance(rank, int):
+            raise TraceError(f"{file}: expected its rank to be a whole number, got {rank!r}")
         if rank in traces:
             raise TraceError(f"{file}: expected one trace a rank, but rank {rank} was already read from this folder")
         traces[rank] = trace

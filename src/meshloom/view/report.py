@@ -52,17 +52,28 @@ def report(folder: str | Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError as error:
+        facts = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return {**facts, "command": dict(facts.get("command") or {})}
+    except (ValueError, TypeError, RecursionError) as error:
         raise FolderError(f"{path}: expected JSON, got '{error}'") from error
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        steps = [dict(json.loads(line)) for line in lines]
+        # a loss that is no number is stored as null, and has no place on a curve
+        return [step for step in steps if step["loss"] is not None and _is_number(step, "loss", "tokens_per_second")]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise FolderError(f"{path}: expected one JSON object a line, got '{error}'") from error
+
+
+def _is_number(step: dict[str, Any], *names: str) -> bool:
+    """True; raises ValueError if one of them is none."""
+    for name in names:
+        if not isinstance(step[name], int | float) or not -1e30 < step[name] < 1e30:
+            raise ValueError(f"{name} {step[name]!r:.60}")
+    return True
 
 
 def _chapters(folder: Path) -> list[Chapter]:
@@ -92,7 +103,7 @@ def _page(name: str, run: dict[str, Any], steps: list[dict[str, Any]], chapters:
     style, script = (room.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     command = run.get("command", {})
     named = {key: command[key] for key in ("model", "plan", "data", "seq_length", "batch_size") if key in command}
-    facts = [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in named.items()]
+    facts = [f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in named.items()]
     body = [f"<h1>{escape(name)}</h1>", f"<p>{escape(', '.join(facts))}</p>", _cards(run, steps, chapters)]
     if steps:
         body += ["<h3>Loss</h3>", _loss_curve([float(step["loss"]) for step in steps])]
