@@ -1,4 +1,4 @@
-"""Runs the scripts of this folder one after another at sizes for two cores and lets each rewrite its part of RESULTS.md.
+"""Runs the scripts of this folder one after another at sizes for two cores; each rewrites its part of RESULTS.md.
 
     python benchmarks/all.py --write
     python benchmarks/all.py --write --only main_job,convert

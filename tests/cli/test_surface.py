@@ -38,15 +38,15 @@ OPTIONS = {
     "tokenizer train": ["--data", "--json", "--kind", "--out", "--skip-bad-lines", "--text-field", "--vocab-size"],
     "generate": [
         "--batch-size", "--device", "--dtype", "--eos", "--ignore-eos", "--json", "--max-new-tokens", "--model",
-        "--num-input-tokens", "--plan", "--prompt", "--prompts-file", "--random-weights", "--seed", "--shard-cache",
-        "--temperature", "--tokenizer", "--top-k", "--top-p", "--trace", "--visualize-trace",
+        "--no-cuda-graph", "--num-input-tokens", "--plan", "--prompt", "--prompts-file", "--random-weights", "--seed",
+        "--shard-cache", "--temperature", "--tokenizer", "--top-k", "--top-p", "--trace", "--visualize-trace",
     ],
     "launch": ["--plan", "--port", "--rank", "--timeout"],
     "capture": ["--json", "--out", "--rank"],
     "parallelize": ["--certify", "--dtype", "--explain", "--gradient-accumulation", "--layers", "--model",
                     "--objective", "--out", "--plan", "--schedule", "--styles", "--virtual-stages"],
     "synth": ["--gradient-accumulation", "--json", "--micro-batch", "--model", "--objective", "--out", "--plan",
-              "--schedule", "--seq-length", "--virtual-stages"],
+              "--schedule", "--seq-length", "--virtual-stages", "--visualize-trace"],
     "check": ["--json", "--strict"],
     "convert": ["--passes", "--plan", "--schema"],
     "info": ["--json"],
@@ -55,10 +55,14 @@ OPTIONS = {
     "what-if": ["--cluster", "--compute", "--json", "--remove-comm", "--scale"],
     "advise": ["--cluster", "--devices", "--dtype", "--global-batch", "--hw-config", "--json", "--memory", "--model",
                "--pareto", "--seq-length", "--stack"],
-    "calibrate": ["--device", "--name", "--out"],
+    "calibrate": ["--device", "--here", "--name", "--out"],
     "export": ["--cluster", "--out", "--quantize", "--to"],
-    "graph": ["--depth", "--out", "--rank"],
-    "report": [],
+    "view graph": ["--collapse", "--comm", "--depth", "--format", "--layers", "--out", "--phase", "--rank"],
+    "view timeline": ["--format", "--out"],
+    "stats": ["--json", "--stacks", "--times", "--top"],
+    "diff": ["--html", "--json", "--top"],
+    "report": ["--cluster", "--open", "--out"],
+    "serve": ["--open", "--port"],
 }  # fmt: skip
 
 
@@ -88,7 +92,10 @@ def test_help_and_reading_a_trace_import_no_torch(demo_run: Path) -> None:
     program = """
 import sys
 from meshloom.cli.__main__ import _run
-for arguments in (["--help"], ["check", sys.argv[1]], ["simulate", sys.argv[1]], ["report", sys.argv[1]], ["runs"]):
+run = sys.argv[1]
+for arguments in (["--help"], ["runs"], ["check", run], ["simulate", run], ["report", run], ["stats", run],
+                  ["diff", run], ["view", "graph", run, "--out", run + "/other.svg"],
+                  ["view", "timeline", run]):
     assert _run(arguments) == 0
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
@@ -184,6 +191,9 @@ GENERATE = ("generate", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--rando
         (("export", "full", "--to", "onnx", "--out", "new"), "expected a checkpoint, a run with one"),
         (("export", "full", "--to", "onnx", "--quantize", "int8", "--out", "new"), "expected --to hugging-face"),
         (("calibrate", "full", "--device", "h100-sxm", "--out", "new.toml"), "found none"),
+        (("calibrate", "--out", "new.toml"), "expected a folder of traces, or --here"),
+        (("calibrate", "full", "--out", "new.toml"), "expected the data sheet to start from"),
+        (("calibrate", "--here", "--device", "h100-sxm", "--out", "new.toml"), "expected cpu"),
         (("what-if", "full", "--scale", "disk=2x"), "found none"),
         (("advise", "--model", "gpt2", "--global-batch", "8", "--memory", "80 parsecs"), "such as 80GB"),
         (("advise", "--model", "gpt2", "--global-batch", "8", "--memory", "1MB"), "the smallest needs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,22 @@ def build_model(config: Any, objective: Objective, *, seed: int, device: torch.d
         raise ModelError(
             f"{config.model_type}: transformers cannot build the model: {str(error).splitlines()[0]}"
         ) from error
+    return ask_no_padding(model)
+
+
+def ask_no_padding(model: nn.Module) -> nn.Module:
+    """Let the model's parts no longer read ids from the device at every step, only to warn of padding without a mask.
+
+    Padding is told by our masks; and tensors without data have nothing to read. Returns the model.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "warn_if_padding_and_no_attention_mask"):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = _no_warning
     return model
+
+
+def _no_warning(*args: Any, **kwargs: Any) -> None:
+    """Say nothing."""
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -56,6 +72,8 @@ def flops_per_token(config: Any, objective: Objective, *, seq_length: int) -> fl
     The products of the model, attention without its causal half, and no recomputation: what MFU is defined by
     (Chowdhery et al. 2022, appendix B).
     """
+    config = copy.deepcopy(config)
+    config.use_cache = True  # without it, some forwards look into position ids, which have no values here
     model = build_model(config, objective, seed=0, device="meta")
     batch = example_batch(objective, micro_batch=1, seq_length=seq_length, device="meta")
     with FlopCounterMode(display=False) as counter:

@@ -31,13 +31,14 @@ _PORT = 29400  # torchrun's own default
 class Hosts:
     """How many hosts there are, which one this is, and where host 0 answers: `address`, `port`.
 
-    `timeout_s` is how long they wait for one another.
+    `job` is what all must be asked for alike, in words; `timeout_s` how long they wait for one another.
     """
 
     num_hosts: int
     host_rank: int
     address: str
     port: int = _PORT
+    job: str = ""
     timeout_s: float = 600.0
 
     @property
@@ -153,8 +154,8 @@ def _serve(port: int, told: Connection, other: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the ranks still need it while they are ended
         signal.signal(number, signal.SIG_IGN)
     try:
-        # nosec B104 - other hosts must reach it, and only who names several hosts comes here
-        store = TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False, multi_tenant=False)
+        everyone = "0.0.0.0"  # nosec B104 - other hosts must reach it, and only who names several hosts comes here
+        store = TCPStore(everyone, port, is_master=True, wait_for_workers=False, multi_tenant=False)
     except RuntimeError as error:
         told.send(str(error).splitlines()[0][:200])
         return
