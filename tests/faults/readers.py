@@ -94,7 +94,7 @@ def _use_trace(ending: str) -> Callable[[Path], None]:
 
 
 def _use_stream(path: Path) -> None:
-    for part in file.stream(path, chunk_bytes=64):
+    for part in file.stream(path, chunk_bytes=max(64, path.stat().st_size // 4)):
         summarize(part.nodes)
     file.read_all(path)
 

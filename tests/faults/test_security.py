@@ -15,6 +15,7 @@ FILES = sorted(path for folder in ("src/meshloom", "benchmarks", "examples", "do
 # Each with its reason: nothing of a file or a user reaches it.
 ALLOWED = {
     ("model/tape.py", "exec"),  # runs text that is made of our own numbers and names
+    ("benchmarks/package.py", "zipfile.ZipFile"),  # reads a list of names from a wheel that it has just built
     ("parallel/hosts.py", "0.0.0.0"),  # host 0 of several; only where the user names them
 }
 _FORBIDDEN_CALLS = {
@@ -67,4 +68,5 @@ def test_the_test_finds(source: str, what: str) -> None:
 
 def test_what_is_allowed_is_there() -> None:
     for name, what in ALLOWED:
-        assert what in list(found((ROOT / "src/meshloom" / name).read_text(encoding="utf-8")))
+        folder = ROOT if name.startswith("benchmarks/") else ROOT / "src/meshloom"
+        assert what in list(found((folder / name).read_text(encoding="utf-8")))
