@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,7 @@ from meshloom.errors import FolderError, TraceError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
 _LARGEST_MESSAGE = 1 << 28  # bytes; what has no end by then is no message
+_MOST_AT_ONCE = 1 << 20  # nodes of a part: 16 MB of zeros are 16 million empty ones
 _META_ATTR_FIELD = 2  # the number of GlobalMetadata.attr
 
 
@@ -130,20 +132,16 @@ def stream(path: str | Path, *, chunk_bytes: int = 16 << 20) -> Iterator[Trace]:
             meta, data, passed = None, b"", 0
             while more := file.read(chunk_bytes):
                 data += more
-                places = list(whole_frames(data))
-                if meta is None and places:
-                    (begin, end), *places = places
-                    meta = _decode_meta(data[begin:end], path)
-                    if not places:  # so that it is not taken for a node when more has been read
-                        yield Trace(nodes=[], attrs=meta.attrs, version=meta.version)
-                        data, passed = data[end:], passed + end
-                if not places and len(data) > _LARGEST_MESSAGE:
+                while places := list(islice(whole_frames(data), _MOST_AT_ONCE)):
+                    used = places[-1][1]
+                    if meta is None:
+                        (begin, end), *places = places
+                        meta = _decode_meta(data[begin:end], path)
+                    nodes = StoredNodes(data, places, str(path), passed)
+                    yield Trace(nodes=nodes, attrs=meta.attrs, version=meta.version)
+                    data, passed = data[used:], passed + used
+                if len(data) > _LARGEST_MESSAGE:
                     break
-                if meta is None or not places:
-                    continue
-                yield Trace(nodes=StoredNodes(data, places, str(path), passed), attrs=meta.attrs, version=meta.version)
-                used = places[-1][1]
-                data, passed = data[used:], passed + used
             if meta is None and not data:
                 raise _empty(path)
             for begin, end in frames(data, str(path), passed):  # only the first message, or one that breaks off

@@ -213,7 +213,7 @@ def whole_frames(data: bytes) -> Iterator[tuple[int, int]]:
                 shift += 7
                 if byte < 0x80:
                     break
-        if at + size > end or (not size and at > 1):  # only the first, the facts, may be empty: zeros are no nodes
+        if at + size > end:
             return
         yield at, at + size
         at += size
