@@ -11,7 +11,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from itertools import islice
@@ -24,7 +24,7 @@ from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder, varint
 from meshloom.chakra.old import is_old, read_old
 from meshloom.chakra.packed import GZIP, Unpacked, unpack
-from meshloom.chakra.trace import Trace
+from meshloom.chakra.trace import SCHEMA_VERSION, Trace
 from meshloom.chakra.wire import StoredNodes, decode_node, frames, whole_frames
 from meshloom.errors import FolderError, TraceError
 
@@ -79,8 +79,7 @@ def paused_collection() -> Iterator[None]:
 def write(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path` (gzip if it ends in .gz) and return the path; raises FolderError."""
     path = Path(path)
-    body, nodes = _encode_meta(trace), StoredNodes.of(trace.nodes).framed()
-    meta = varint(len(body)) + body
+    meta, nodes = encode_facts(trace.attrs, trace.version), StoredNodes.of(trace.nodes).framed()
     with whole_file(path, num_bytes=len(meta) + nodes.nbytes) as file:
         # mtime=0: the same trace gives the same bytes
         stream: Any = gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") if path.suffix == ".gz" else file
@@ -89,6 +88,12 @@ def write(trace: Trace, path: str | Path) -> Path:
         if stream is not file:
             stream.close()
     return path
+
+
+def encode_facts(facts: Mapping[str, Any], version: str = SCHEMA_VERSION) -> bytes:
+    """What a file begins with: the first message, after its length."""
+    body = _encode_meta(Trace(nodes=[], attrs=dict(facts), version=version))
+    return varint(len(body)) + body
 
 
 def read(path: str | Path) -> Trace:
