@@ -19,7 +19,7 @@ from meshloom.errors import TraceError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
 _TYPES = tuple(NodeType)
-_LONGEST_NS = 1 << 62  # 146 years; twice that fits into 64 bits
+_LONGEST_NS = 1 << 63  # times are kept in 64 bits
 ATTR_FIELD = 10  # the number of Node.attr, the last field of a node
 
 
