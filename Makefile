@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check check-security format bench package clean
 
 .venv/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -37,8 +37,16 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 bench: .venv/.dev
-	$(BIN)/python benchmarks/main_job.py --write
-	$(BIN)/python benchmarks/convert.py --write
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/all.py --write
+
+# pip-audit asks a database of known faults; without a network that line is all it says
+check-security: .venv/.dev
+	$(BIN)/bandit -q -r src/meshloom -ll -c pyproject.toml
+	$(BIN)/pip-audit --skip-editable || echo "pip-audit: not done, or it found something; see above"
+
+package: .venv/.dev
+	$(BIN)/python benchmarks/package.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -37,8 +37,11 @@ class Notes(msgspec.Struct, frozen=True, kw_only=True):
 def read_notes(path: Path) -> Notes:
     """The recorder's notes in `path`; raises TraceError."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Notes)
-    except (OSError, msgspec.DecodeError) as error:
+        notes = msgspec.json.decode(path.read_bytes(), type=Notes)
+        if not all(rank.isdecimal() for told in notes.axes for rank in told.split(",")):
+            raise ValueError("an axis whose ranks are no numbers")
+        return notes
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         raise TraceError(f"{path}: expected the recorder's notes, got '{error}'") from error
 
 

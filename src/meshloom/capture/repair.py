@@ -5,7 +5,6 @@ A repair is told in a warning that says what was done; what cannot be repaired r
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import zlib
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from meshloom.chakra.packed import GZIP, unpack
 from meshloom.errors import TraceError
 
 T = TypeVar("T")
@@ -30,8 +30,8 @@ def read_json(path: Path, kind: type[T], what: str, warnings: list[str]) -> T:
     """
     try:
         raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
+        if raw[:2] == GZIP:
+            raw = unpack(raw)
     except (OSError, EOFError, zlib.error) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise TraceError(f"{path}: expected {what}, got '{said}'") from error
@@ -39,11 +39,11 @@ def read_json(path: Path, kind: type[T], what: str, warnings: list[str]) -> T:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
         raise TraceError(f"{path}: expected {what}, got another JSON document: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        repaired = msgspec.json.encode(_repair(raw, path, str(error), warnings))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         try:
+            repaired = msgspec.json.encode(_repair(raw, path, str(error), warnings))
             return msgspec.json.decode(repaired, type=kind)
-        except msgspec.ValidationError as invalid:
+        except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as invalid:
             raise TraceError(f"{path}: expected {what}, got another JSON document: {invalid}") from error
 
 
@@ -60,7 +60,7 @@ def each(raws: Iterable[msgspec.Raw], kind: type[T], path: Path, what: str, warn
                 yield decoder.decode(bytes(raw).decode("utf-8", errors="replace"))
         except msgspec.ValidationError as error:
             raise TraceError(f"{path}: entry {index}: expected {what}, got another JSON document: {error}") from error
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise TraceError(f"{path}: entry {index}: expected {what}, got no JSON: {error}") from error
     if repaired:
         warnings.append(f"{path}: bytes that are no UTF-8 were replaced in {repaired} entries")

@@ -7,7 +7,10 @@ once; numbers, which do not repeat, take a short way of their own.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra.trace import ATTRIBUTES, Kind, Typed
@@ -21,6 +24,7 @@ _ONE_BYTE = [bytes([value]) for value in range(0x80)]
 # The bytes of 14 bits of a varint: as its end, and as what more follows.
 _LAST = [*_ONE_BYTE, *(bytes([value & 0x7F | 0x80, value >> 7]) for value in range(0x80, 0x4000))]
 _MORE = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(0x4000)]
+_TEXTS = ("string", "bytes")
 _NUMBER_TAGS = {_INT64_TAG: "int64", _UINT64_TAG: "uint64"}
 
 
@@ -169,6 +173,12 @@ def _read_varint(raw: bytes, at: int) -> int:
     return -1
 
 
+def _is_numeric(kind: str, many: bool, value: Any, expected_many: bool) -> bool:
+    if many != expected_many or kind in _TEXTS:
+        return False
+    return kind not in ("double", "float") or all(map(isfinite, value if many else [value]))
+
+
 def _decode(raw: bytes) -> tuple[str, Any]:
     attr = et_def_pb2.AttributeProto.FromString(raw)
     which = attr.WhichOneof("value")
@@ -179,4 +189,7 @@ def _decode(raw: bytes) -> tuple[str, Any]:
     many = shape == "list"
     if many:
         value = list(value.values)
+    known = ATTRIBUTES.get(attr.name)
+    if known is not None and known.kind not in _TEXTS and not _is_numeric(kind, many, value, known.many):
+        raise DecodeError(f"{attr.name} as {kind}")  # who reads it would stumble over anything but a number
     return attr.name, value if kind_of(attr.name, value) == (kind, many) else Typed(kind, many, value)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,13 +23,14 @@ from google.protobuf.message import DecodeError
 from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder, varint
 from meshloom.chakra.old import is_old, read_old
+from meshloom.chakra.packed import GZIP, Unpacked, unpack
 from meshloom.chakra.trace import SCHEMA_VERSION, Trace
 from meshloom.chakra.wire import StoredNodes, decode_node, frames, whole_frames
 from meshloom.errors import FolderError, TraceError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
-_GZIP = b"\x1f\x8b"
 _LARGEST_MESSAGE = 1 << 28  # bytes; what has no end by then is no message
+_MOST_AT_ONCE = 1 << 20  # nodes of a part: 16 MB of zeros are 16 million empty ones
 _META_ATTR_FIELD = 2  # the number of GlobalMetadata.attr
 
 
@@ -101,9 +104,9 @@ def read(path: str | Path) -> Trace:
     path = Path(path)
     try:
         data = path.read_bytes()
-        if data[:2] == _GZIP:
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+        if data[:2] == GZIP:
+            data = unpack(data)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _unreadable(path, error) from error
     if not data:
         raise _empty(path)
@@ -123,33 +126,33 @@ def stream(path: str | Path, *, chunk_bytes: int = 16 << 20) -> Iterator[Trace]:
     path = Path(path)
     try:
         with path.open("rb") as plain:
-            zipped = plain.read(2) == _GZIP
+            zipped = plain.read(2) == GZIP
             plain.seek(0)
-            file: IO[bytes] = gzip.GzipFile(fileobj=plain) if zipped else plain  # type: ignore[assignment]
+            file: IO[bytes] = io.BufferedReader(Unpacked(plain)) if zipped else plain
             if is_old(_first(file)):  # they were small
                 yield read(path)
                 return
-            file.seek(0)
+            plain.seek(0)
+            file = io.BufferedReader(Unpacked(plain)) if zipped else plain
             meta, data, passed = None, b"", 0
             while more := file.read(chunk_bytes):
                 data += more
-                places = list(whole_frames(data))
-                if meta is None and places:
-                    (begin, end), *places = places
-                    meta = _decode_meta(data[begin:end], path)
-                if not places and len(data) > _LARGEST_MESSAGE:
+                while places := list(islice(whole_frames(data), _MOST_AT_ONCE)):
+                    used = places[-1][1]
+                    if meta is None:
+                        (begin, end), *places = places
+                        meta = _decode_meta(data[begin:end], path)
+                    nodes = StoredNodes(data, places, str(path), passed)
+                    yield Trace(nodes=nodes, attrs=meta.attrs, version=meta.version)
+                    data, passed = data[used:], passed + used
+                if len(data) > _LARGEST_MESSAGE:
                     break
-                if meta is None or not places:
-                    continue
-                yield Trace(nodes=StoredNodes(data, places, str(path), passed), attrs=meta.attrs, version=meta.version)
-                used = places[-1][1]
-                data, passed = data[used:], passed + used
             if meta is None and not data:
                 raise _empty(path)
             for begin, end in frames(data, str(path), passed):  # only the first message, or one that breaks off
                 meta = meta or _decode_meta(data[begin:end], path)
                 yield Trace(nodes=[], attrs=meta.attrs, version=meta.version)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _unreadable(path, error) from error
 
 
@@ -200,7 +203,9 @@ def read_all(where: str | Path) -> dict[int, Trace]:
     traces: dict[int, Trace] = {}
     for index, file in enumerate(files):
         trace = read(file)
-        rank = int(trace.get("rank", index))
+        rank = trace.get("rank", index)
+        if not isinstance(rank, int):
+            raise TraceError(f"{file}: expected its rank to be a whole number, got {rank!r}")
         if rank in traces:
             raise TraceError(f"{file}: expected one trace a rank, but rank {rank} was already read from this folder")
         traces[rank] = trace

@@ -16,15 +16,17 @@ from xml.etree.ElementTree import ParseError
 
 import networkx as nx
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra import file
 from meshloom.chakra.attribute import kind_of
 from meshloom.chakra.trace import Node, NodeType, Trace, Typed
-from meshloom.chakra.wire import StoredNodes
 from meshloom.errors import TraceError, UsageError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
+# What a document of another layout ends in: keys, types, ranges, and brackets too deep to follow.
+_WRONG = (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class Form(NamedTuple):
@@ -81,19 +83,23 @@ def _read_json(path: Path) -> Trace:
     if isinstance(first, dict) and isinstance(first.get("workload_graph"), list):
         return _from_workload_graph(first, path)
     if isinstance(first, dict) and "globalMetadata" in first:
-        documents = [first["globalMetadata"], *first.get("nodes", [])]
+        nodes = first.get("nodes", [])
+        documents = [first["globalMetadata"], *(nodes if isinstance(nodes, list) else [nodes])]
     try:
         meta = json_format.ParseDict(documents[0], et_def_pb2.GlobalMetadata())
         nodes = [json_format.ParseDict(document, et_def_pb2.Node()) for document in documents[1:]]
-    except (json_format.ParseError, IndexError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path}: expected Chakra JSON, got '{str(error).splitlines()[0]}'") from error
-    return file.decode([meta.SerializeToString(), *(node.SerializeToString() for node in nodes)])
+        return file.decode([meta.SerializeToString(), *(node.SerializeToString() for node in nodes)])
+    except (json_format.ParseError, DecodeError, SystemError, *_WRONG) as error:  # SystemError: protobuf, of surrogates
+        raise TraceError(f"{path}: expected Chakra JSON, got {_said(error)}") from error
 
 
 def _from_workload_graph(table: dict[str, Any], path: Path) -> Trace:
     """The JSON that Chakra's feeder reads: ids, types, dependencies, run times in microseconds, plain attributes."""
     known = {"Id", "Name", "NodeType", "ctrlDeps", "ctrl_deps", "data_deps", "runtime"}
     try:
+        for node in table["workload_graph"]:
+            if not isinstance(node.get("runtime", 0), int | float):  # a text would be repeated
+                raise TypeError(f"runtime as a number, but {node['runtime']!r:.40}")
         nodes = [
             Node(
                 id=node["Id"],
@@ -101,15 +107,24 @@ def _from_workload_graph(table: dict[str, Any], path: Path) -> Trace:
                 type=NodeType(node["NodeType"]),
                 ctrl_deps=node.get("ctrlDeps", node.get("ctrl_deps", [])),
                 data_deps=node.get("data_deps", []),
-                duration_ns=1000 * node.get("runtime", 0),
+                duration_ns=round(1000 * node.get("runtime", 0)),
                 attrs={name: value for name, value in node.items() if name not in known},
             )
             for node in table["workload_graph"]
         ]
         attrs = {name: value for name, value in table.items() if name != "workload_graph"}
-        return Trace(nodes=StoredNodes.of(nodes), attrs=attrs)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path}: expected the JSON of Chakra's feeder, got a node without {error}") from error
+        return _stored(Trace(nodes=nodes, attrs=attrs))
+    except (DecodeError, *_WRONG) as error:
+        raise TraceError(f"{path}: expected the JSON of Chakra's feeder, got a node without {_said(error)}") from error
+
+
+def _stored(trace: Trace) -> Trace:
+    """The trace with its nodes as they stand in files, which shows that they can; raises one of `_WRONG`."""
+    return file.decode(file.encode(trace))
+
+
+def _said(error: Exception) -> str:
+    return f"'{(str(error).splitlines() or [type(error).__name__])[0][:200]}'"
 
 
 def _documents(path: Path) -> list[Any]:
@@ -122,6 +137,8 @@ def _documents(path: Path) -> list[Any]:
             document, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise TraceError(f"{path}: byte {error.pos}: expected JSON, {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise TraceError(f"{path}: byte {at}: expected JSON, got {_said(error)}") from error
         found.append(document)
     return found
 
@@ -174,10 +191,10 @@ def _edges(trace: Trace) -> Iterator[tuple[int, int, str, int, int]]:
 def from_graph(graph: Any, where: str) -> Trace:
     """The trace that `to_graph` made the graph from; raises TraceError where it is another graph."""
     deps: dict[tuple[Any, str], list[tuple[int, Any]]] = {}
-    for source, target, facts in graph.edges(data=True):
-        deps.setdefault((target, str(facts.get("kind"))), []).append((int(facts.get("place", 0)), source))
     nodes = []
     try:
+        for source, target, facts in graph.edges(data=True):
+            deps.setdefault((target, str(facts.get("kind"))), []).append((int(facts.get("place", 0)), source))
         for key, facts in graph.nodes(data=True):
             inputs, outputs = (tuple(info) if info is not None else None for info in json.loads(facts["io"]))
             nodes.append(
@@ -194,9 +211,12 @@ def from_graph(graph: Any, where: str) -> Trace:
                     outputs=outputs,
                 )
             )
-        return Trace(nodes=nodes, attrs=_unpack(graph.graph["attrs"]), version=str(graph.graph["version"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise TraceError(f"{where}: expected a graph that `meshloom convert` wrote, got one without {error}") from error
+        attrs, version = _unpack(graph.graph["attrs"]), str(graph.graph["version"])
+        return _stored(Trace(nodes=nodes, attrs=attrs, version=version))
+    except (DecodeError, *_WRONG) as error:
+        raise TraceError(
+            f"{where}: expected a graph that `meshloom convert` wrote, got one without {_said(error)}"
+        ) from error
 
 
 def _pack(attrs: dict[str, Any]) -> str:
@@ -236,7 +256,7 @@ def _write_node_link(trace: Trace, path: Path) -> Path:
 def _read_node_link(path: Path) -> Trace:
     try:
         graph = nx.node_link_graph(json.loads(_text(path)), edges="edges")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, nx.NetworkXException) as error:
+    except (nx.NetworkXException, *_WRONG) as error:
         raise TraceError(f"{path}: expected NetworkX node-link JSON, got '{error}'") from error
     return from_graph(graph, str(path))
 
@@ -281,7 +301,7 @@ def _read_graphml(path: Path) -> Trace:
         raise TraceError(f"{path}: expected GraphML without a document type: entities of strangers are not expanded")
     try:
         graph = nx.parse_graphml(text, force_multigraph=True)
-    except (ParseError, nx.NetworkXException, KeyError, ValueError, StopIteration) as error:
+    except (ParseError, nx.NetworkXException, StopIteration, *_WRONG) as error:
         raise TraceError(f"{path}: expected GraphML, got '{error}'") from error
     return from_graph(graph, str(path))
 

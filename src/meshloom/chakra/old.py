@@ -11,7 +11,10 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from google.protobuf.message import DecodeError
+
 from meshloom.chakra.trace import CommType, Node, NodeType, Trace
+from meshloom.chakra.wire import StoredNodes
 from meshloom.errors import TraceError
 
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # protobuf's wire types
@@ -80,10 +83,11 @@ def read_old(bodies: Iterable[bytes], where: str) -> Trace:
             raise TraceError(
                 f"{where}: message {index}: expected a node of Chakra 0.0.1 to 0.0.3, it is none"
             ) from error
-    version = _version(messages) if not attrs else "0.0.3"
+    version = "0.0.1 to 0.0.3"
     try:
-        nodes = [_node(fields, version) for fields in messages]
-    except (IndexError, ValueError, KeyError, TypeError) as error:
+        version = _version(messages) if not attrs else "0.0.3"
+        nodes = StoredNodes.of([_node(fields, version) for fields in messages])
+    except (IndexError, ValueError, KeyError, TypeError, OverflowError, DecodeError, struct.error) as error:
         raise TraceError(f"{where}: expected a trace of Chakra {version}, got a field of another: {error}") from error
     return Trace(nodes=nodes, attrs={**attrs, "read_from_schema": version})
 
@@ -185,6 +189,8 @@ def _varint(body: bytes, at: int) -> tuple[int, int]:
     while True:
         byte = body[at]
         at += 1
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
         value |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:

@@ -32,6 +32,7 @@ _COLLECTIVES = {
     "ALLGATHER": CommType.ALL_GATHER,
     "REDUCESCATTER": CommType.REDUCE_SCATTER,
 }
+_LARGEST = 1 << 50  # bytes, or microseconds, which are 35 years
 _UNKNOWN_WORK = Cost(0, 0, "memory")  # a text workload tells times, not FLOPs and bytes
 
 
@@ -85,7 +86,7 @@ def _layer(row: Sequence[str], path: Path, number: int) -> Layer:
     try:
         name, _, *columns = row
         forward, input_gradient, weight_gradient = (_pass(*columns[begin : begin + 3]) for begin in (0, 3, 6))
-        return Layer(name, forward, input_gradient, weight_gradient, int(columns[9]))
+        return Layer(name, forward, input_gradient, weight_gradient, _count(columns[9]))
     except (ValueError, TypeError, IndexError, KeyError) as error:
         raise TraceError(
             f"{path}: line {number}: expected name, -1, three times (time, collective, bytes) and the update's time; "
@@ -95,7 +96,13 @@ def _layer(row: Sequence[str], path: Path, number: int) -> Layer:
 
 def _pass(time: str, collective: str, size: str) -> Pass:
     kind = None if collective == "NONE" else _COLLECTIVES[collective.partition("_")[0]]
-    return Pass(int(time), kind, int(size))
+    return Pass(_count(time), kind, _count(size))
+
+
+def _count(text: str) -> int:
+    if not 0 <= (number := int(text)) < _LARGEST:
+        raise ValueError(f"{text}: out of range")
+    return number
 
 
 def workload_trace(

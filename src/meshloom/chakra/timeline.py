@@ -103,5 +103,5 @@ def read(path: str | Path) -> Timeline:
     """The timeline in the JSON file `path`; raises TraceError."""
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Timeline)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         raise TraceError(f"{path}: expected a timeline written by `meshloom simulate`, got '{error}'") from error

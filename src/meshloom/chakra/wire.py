@@ -19,6 +19,7 @@ from meshloom.errors import TraceError
 
 et_def_pb2: Any = _generated  # made at import: type checkers do not see its classes
 _TYPES = tuple(NodeType)
+_LONGEST_NS = 1 << 63  # times are kept in 64 bits
 ATTR_FIELD = 10  # the number of Node.attr, the last field of a node
 
 
@@ -56,14 +57,23 @@ def decode_node(body: bytes, decoder: AttributeDecoder) -> Node:
     message = et_def_pb2.RawNode.FromString(body)
     attrs = decoder.all(message.attr)
     start_ns, duration_ns = attrs.pop("start_ns", None), attrs.pop("duration_ns", None)
+    if start_ns is None:
+        start_ns = message.start_time_micros * 1000
+    if duration_ns is None:
+        duration_ns = message.duration_micros * 1000
+    try:
+        if not -_LONGEST_NS <= start_ns < _LONGEST_NS or not -_LONGEST_NS <= duration_ns < _LONGEST_NS:
+            raise DecodeError("a time of more than centuries")
+    except TypeError as error:  # stored as text, or as a list
+        raise DecodeError("a time that is no number") from error
     return Node(
         id=message.id,
         name=message.name,
         type=node_type(message.type),
         data_deps=message.data_deps[:],
         ctrl_deps=message.ctrl_deps[:],
-        start_ns=message.start_time_micros * 1000 if start_ns is None else start_ns,
-        duration_ns=message.duration_micros * 1000 if duration_ns is None else duration_ns,
+        start_ns=start_ns,
+        duration_ns=duration_ns,
         attrs=attrs,
         inputs=_info(message, "inputs"),
         outputs=_info(message, "outputs"),

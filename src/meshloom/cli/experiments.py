@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,9 @@ import click
 from meshloom.cli.train import command as train_command
 from meshloom.cli.train import given_arguments, outcome
 from meshloom.errors import FolderError, MeshloomError, UsageError
+from meshloom.hardware.table import parse_toml
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+_MOST_CELLS = 10_000
 _OURS = ("out", "resume", "background", "launcher", "dry-run", "json")  # options that an experiment does not set
 
 
@@ -102,13 +100,22 @@ def read_table(file: str | None) -> dict[str, Any]:
             text = (resources.files("meshloom") / "data" / "experiments.toml").read_text(encoding="utf-8")
         else:
             text = Path(file).read_text(encoding="utf-8")
-        return tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return parse_toml(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file}: expected a TOML file with [matrix] and [options], got '{error}'") from error
+
+
+def _items(table: Any) -> list[tuple[str, Any]]:
+    return list(table.items()) if isinstance(table, dict) else []
 
 
 def expand(table: Mapping[str, Any], *, tiny: bool, settings: Sequence[str], out: str | None) -> list[Experiment]:
     """The cells of a matrix, the last axis fastest; raises UsageError for what is no option of train."""
+    for name, value in [*table.items(), *_items(table.get("tiny"))]:
+        if name != "out" and not isinstance(value, dict):
+            raise UsageError(f"experiments: expected [{name}] to be a table, got {value!r:.60}")
+        if name == "out" and not isinstance(value, str):
+            raise UsageError(f"experiments: expected out to be a folder's name, got {value!r:.60}")
     small = table.get("tiny", {}) if tiny else {}
     unknown = sorted(set(table) - {"out", "options", "matrix", "tiny"})
     if unknown:
@@ -120,6 +127,8 @@ def expand(table: Mapping[str, Any], *, tiny: bool, settings: Sequence[str], out
     for name, values in axes.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"experiments: expected [matrix] {name} to be a list of values, got {values!r}")
+    if prod(len(values) for values in axes.values()) > _MOST_CELLS:
+        raise UsageError(f"experiments: expected at most {_MOST_CELLS:,} cells; make the lists of [matrix] shorter")
     if "model" not in {**options, **axes}:
         raise UsageError("experiments: expected a model under [options] or [matrix]")
     axes = {name: values for name, values in axes.items() if name not in dict(_setting(text) for text in settings)}

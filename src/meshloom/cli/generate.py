@@ -255,7 +255,7 @@ def _read_prompts(path: Path) -> list[str]:
 def _from_json(path: Path, number: int, line: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: expected JSON, got '{error}'") from error
     text = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(text, str):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from meshloom.errors import HardwareError
 from meshloom.hardware.curves import CollectiveCurve
 from meshloom.hardware.device import Device, load_device
-from meshloom.hardware.table import from_table, load_table, section
+from meshloom.hardware.table import as_table, from_table, load_table, section
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def load_cluster(name: str | Path) -> Cluster:
     if not table["inside_host"].collectives:
         table["inside_host"] = replace(table["inside_host"], collectives=table["device"].collectives)
     cluster = from_table(Cluster, table, where)
-    if cluster.num_hosts < 1 or cluster.devices_per_host < 1:
+    if not isinstance(cluster.devices_per_host, int) or cluster.num_hosts < 1 or cluster.devices_per_host < 1:
         raise HardwareError(f"{where}: expected at least one host and one device a host")
     return cluster
 
@@ -121,7 +121,7 @@ def _network(table: Any, where: str) -> Network:
     if isinstance(table, dict) and "collectives" in table:
         curves = {
             op: section(CollectiveCurve, curve, f"{where}.collectives.{op}")
-            for op, curve in table["collectives"].items()
+            for op, curve in as_table(table["collectives"], f"{where}.collectives").items()
         }
         table = {**table, "collectives": curves}
     network = section(Network, table, where)
@@ -142,12 +142,12 @@ def load_plain(path: str | Path) -> Cluster:
     where = str(path)
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HardwareError(f"{where}: expected JSON such as {{'devices': [...], 'memory': {{...}}}}") from error
     devices = table.get("devices") if isinstance(table, dict) else None
     if not isinstance(devices, list) or not devices or not all(isinstance(item, dict) for item in devices):
         raise HardwareError(f"{where}: expected 'devices' to be a list of at least one table")
-    first = {**(table.get("memory") or {}), **devices[0]}
+    first = {**as_table(table.get("memory") or {}, f"{where}: memory"), **devices[0]}
     flops = _plain(first, {"tflops": 1e12, "flops": 1.0, "peak_tflops": 1e12}, where, "tflops")
     device = Device(
         name=str(first.get("name", "device")),
@@ -158,13 +158,16 @@ def load_plain(path: str | Path) -> Cluster:
             first, {"bandwidth_gb_s": 1e9, "bandwidth_gbps": 1e9, "bandwidth": 1e9}, where, "bandwidth_gb_s"
         ),
     )
-    link = table.get("network") or {}
+    link = {"bandwidth_gb_s": 25.0, "latency_us": 5.0, **as_table(table.get("network") or {}, f"{where}: network")}
     network = Network(
         name="network",
-        bytes_per_second=float(link.get("bandwidth_gb_s", 25.0)) * 1e9,
-        latency_ns=round(float(link.get("latency_us", 5.0)) * 1e3),
+        bytes_per_second=_plain(link, {"bandwidth_gb_s": 1e9}, where, "bandwidth_gb_s"),
+        latency_ns=round(_plain({"latency_us": 0, **link}, {"latency_us": 1e3}, where, "latency_us")),
     )
-    count = sum(int(item.get("count", 1)) for item in devices)
+    counts = [item.get("count", 1) for item in devices]
+    if not all(isinstance(count, int) and 1 <= count <= 1 << 31 for count in counts):
+        raise HardwareError(f"{where}: expected count to be a whole number of at least 1, got {counts[0]!r:.60}")
+    count = sum(counts)
     return Cluster(
         name=where, device=device, num_hosts=1, devices_per_host=count, inside_host=network, between_hosts=network
     )
@@ -173,6 +176,6 @@ def load_plain(path: str | Path) -> Cluster:
 def _plain(table: Mapping[str, Any], names: Mapping[str, float], where: str, wanted: str) -> float:
     for name, factor in names.items():
         value = table.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30:
             return float(value) * factor
     raise HardwareError(f"{where}: expected a device with {wanted} above 0, got {', '.join(table) or 'nothing'}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from meshloom.errors import HardwareError
 from meshloom.hardware.curves import AttentionCurve, CollectiveCurve, GemmCurve
-from meshloom.hardware.table import from_table, load_table, section
+from meshloom.hardware.table import as_table, from_table, load_table, section
 
 DTYPES = ("float64", "float32", "tfloat32", "bfloat16", "float16", "float8", "int8", "float4")
 
@@ -50,7 +50,7 @@ class Device:
 def load_device(name: str) -> Device:
     """The device of a shipped name (such as `h100-sxm`) or of a TOML file; raises HardwareError."""
     table, where = load_table(name, "device")
-    for dtype in table.get("flops_per_second", {}):
+    for dtype in as_table(table.get("flops_per_second", {}), f"{where}: [flops_per_second]"):
         if dtype not in DTYPES:
             raise HardwareError(f"{where}: expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
     if "gemm" in table:
@@ -60,6 +60,6 @@ def load_device(name: str) -> Device:
     if "collectives" in table:
         table["collectives"] = {
             op: section(CollectiveCurve, curve, f"{where}: [collectives.{op}]")
-            for op, curve in table["collectives"].items()
+            for op, curve in as_table(table["collectives"], f"{where}: [collectives]").items()
         }
     return from_table(Device, table, where)

@@ -16,6 +16,9 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+_MOST_TEXT = 1 << 20
+_DEEPEST = 500
+_LARGEST = 1e30  # of any number in a file: what is larger (and infinity) is a slip
 
 # ending of a key in SI -> other endings that mean the same in another unit, and their factor
 _UNITS: dict[str, dict[str, float]] = {
@@ -28,6 +31,19 @@ _UNITS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table of a TOML text; raises ValueError, RecursionError.
+
+    Python's parser takes memory with the square of a key's depth, so that a small file could fill it: such are refused.
+    """
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"more than {_MOST_TEXT:,} characters")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if any(part.count(".") > _DEEPEST for part in line.split("=")):
+            raise ValueError(f"line {number}: more than {_DEEPEST} dots in a key")
+    return tomllib.loads(text)
+
+
 def load_table(name: str, kind: str) -> tuple[dict[str, Any], str]:
     """The TOML table of a shipped spec or of a file, and where it came from; raises HardwareError."""
     path = Path(name)
@@ -37,8 +53,8 @@ def load_table(name: str, kind: str) -> tuple[dict[str, Any], str]:
             raise HardwareError(f"{kind} {name!r}: expected a TOML file or one of {', '.join(shipped(kind))}")
         return tomllib.loads(spec.read_text(encoding="utf-8")), name
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), str(path)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return parse_toml(path.read_text(encoding="utf-8")), str(path)
+    except (OSError, ValueError, RecursionError) as error:
         what = error.strerror if isinstance(error, OSError) else str(error)
         raise HardwareError(f"{path}: expected a TOML file that describes a {kind}, got '{what}'") from error
 
@@ -52,6 +68,13 @@ def shipped(kind: str) -> list[str]:
         if spec.name.endswith(".toml")
     }
     return sorted(name for name, cluster in is_cluster.items() if cluster == (kind == "cluster"))
+
+
+def as_table(value: Any, where: str) -> dict[str, Any]:
+    """The value if it is a table; raises HardwareError if not."""
+    if not isinstance(value, dict):
+        raise HardwareError(f"{where}: expected a table, got {value!r:.60}")
+    return value
 
 
 def section(kind: type[T], table: Any, where: str) -> T:
@@ -76,13 +99,24 @@ def from_table(kind: type[T], table: dict[str, Any], where: str) -> T:
     for name, value in table.items():
         declared = str(known[name].type)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if declared in ("int", "float") and not (number and value >= 0):
-            raise HardwareError(f"{where}: expected {name} to be a number of at least 0, got {value!r}")
+        if declared in ("int", "float") and not (number and 0 <= value <= _LARGEST):
+            raise HardwareError(f"{where}: expected {name} to be a number of at least 0, got {value!r:.60}")
+        if name.startswith("num_") and isinstance(value, float):
+            raise HardwareError(f"{where}: expected {name} to be a whole number, got {value!r}")
+        if declared.startswith(("Mapping[str, float]", "dict[str, float]")):
+            _check_numbers(value, f"{where}: [{name}]")
         if declared == "str" and not isinstance(value, str):
             raise HardwareError(f"{where}: expected {name} to be text, got {value!r}")
         if declared == "bool" and not isinstance(value, bool):
             raise HardwareError(f"{where}: expected {name} to be true or false, got {value!r}")
     return kind(**table)
+
+
+def _check_numbers(table: Any, where: str) -> None:
+    numbers = table.values() if isinstance(table, dict) else [None]
+    for value in numbers:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= _LARGEST:
+            raise HardwareError(f"{where}: expected a table of numbers of at least 0, got {value!r:.60}")
 
 
 def _in_si(key: str, value: Any, known: dict[str, Any], where: str) -> tuple[str, Any]:
@@ -94,7 +128,7 @@ def _in_si(key: str, value: Any, known: dict[str, Any], where: str) -> tuple[str
             name = key.removesuffix(ending) + si
             if key.endswith(ending) and name in known:
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                return name, type(value)(value * factor) if number else value
+                return name, type(value)(value * factor) if number and abs(value) < _LARGEST else value
     for name in known:
         for si, others in _UNITS.items():
             if name.endswith(si) and key.startswith(name.removesuffix(si) + "_"):

@@ -65,7 +65,7 @@ def load_config(model: str) -> Any:
 def _from_json(text: str, where: str) -> Any:
     try:
         table = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{where}: expected JSON, got '{error}'") from error
     if not isinstance(table, dict) or not isinstance(table.get("model_type"), str):
         raise ModelError(f"{where}: expected an HF config, a JSON object with a model_type")
@@ -76,7 +76,11 @@ def _from_table(table: dict[str, Any], where: str) -> Any:
     try:
         return AutoConfig.for_model(**table)
     except Exception as error:  # transformers validates with errors of many kinds; all mean: not a config
-        raise ModelError(f"{where}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{where}: transformers cannot read this config: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def objective_of(config: Any) -> Objective:
@@ -112,7 +116,7 @@ def eos_ids(model: str, config: Any, tokenizer: Any = None) -> frozenset[int]:
     if file.is_file():
         try:
             given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ModelError(f"{file}: expected a JSON object, got '{error}'") from error
     if given is None:
         given = getattr(config, "eos_token_id", None)
@@ -143,7 +147,7 @@ def load_tokenizer(tokenizer: str, *, download: bool = True) -> Any:
             return AutoTokenizer.from_pretrained(tokenizer)
         except Exception as error:  # a broken tokenizer folder fails in many ways
             raise DataError(
-                f"tokenizer {tokenizer}: expected a folder with a tokenizer, got '{str(error).splitlines()[0]}'"
+                f"tokenizer {tokenizer}: expected a folder with a tokenizer, got '{_said(error)}'"
             ) from error
     with suppress(OSError, ValueError):
         return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)

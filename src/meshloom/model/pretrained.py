@@ -150,10 +150,11 @@ def _stored(folder: Path) -> dict[str, Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            files = {
-                key: folder / file for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {key: folder / file for key, file in named.items()}
+            if out := next((file for file in named.values() if "/" in file or "\\" in file or "\0" in file), None):
+                raise ValueError(f"a file outside of the folder: {out!r:.80}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index}: expected a map of tensors to files, got '{error}'") from error
         for file in sorted(set(files.values())):
             with _opened(file) as opened:

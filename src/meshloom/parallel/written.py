@@ -8,7 +8,6 @@ that a model ships (`tp_plan`, in transformers' style names) is laid beside what
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,9 @@ from typing import Any
 from torch import nn
 
 from meshloom.errors import PlanError
+from meshloom.hardware.table import parse_toml
 from meshloom.parallel.pairs import Discovery
 from meshloom.plan import Plan
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # What each name asks for: ours, and transformers' for the same. Whether an output is gathered or an input split follows
 # from the layers around; it is no style of its own here.
@@ -46,8 +41,8 @@ def read_styles(path: Path) -> dict[str, str]:
     Raises PlanError if the file is no such table or holds an unknown style.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         told = error.strerror if isinstance(error, OSError) else error
         raise PlanError(f"{path}: expected a TOML file with a table [styles], got '{told}'") from error
     styles = table.get("styles")

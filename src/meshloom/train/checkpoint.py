@@ -36,7 +36,7 @@ from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.placement import Placed, placed_parameters
 from meshloom.parallel.shard import shard_of
 from meshloom.plan import Plan
-from meshloom.train.storage import WEIGHT, Index, Loading, Reader, Saving, Stored, Writer, read_index
+from meshloom.train.storage import WEIGHT, Index, Loading, Reader, Saving, Stored, Writer, inside, read_index
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _INFO = "training_info.json"
@@ -79,6 +79,7 @@ def check_checkpoint(path: Path) -> TrainingState:
         if table["version"] != _VERSION:
             raise FolderError(f"{info}: expected version {_VERSION}, got {table['version']}; use the Meshloom it is of")
         for name, size in table["files"].items():
+            inside(name)
             held = (path / name).stat().st_size if (path / name).is_file() else 0
             if held != size:
                 raise FolderError(f"{path / name}: expected {size:,} bytes, found {held:,}; the checkpoint is broken")
@@ -86,7 +87,7 @@ def check_checkpoint(path: Path) -> TrainingState:
         state = TrainingState(
             step=table["step"], plan=Plan.parse(table["plan"]), data=table["data"], scheduler=table["scheduler"]
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{info}: expected the facts of a checkpoint, got '{error}'") from error
     return state
 

@@ -200,12 +200,14 @@ def _number(value: float | None) -> float | None:
 
 def _lines_before(path: Path, step: int) -> list[str]:
     """The lines of steps before `step`, which is where a run goes on; what was lost after it is done again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if step and path.exists() else []
+    )
     kept = []
     for line in lines:
         try:
             if json.loads(line)["step"] < step:
                 kept.append(line)
-        except (ValueError, KeyError):  # cut off when the run was killed
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut off when the run was killed
             continue
     return kept

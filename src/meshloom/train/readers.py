@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import urllib.error
 import urllib.request
@@ -15,13 +14,14 @@ from typing import IO, Any
 
 import msgspec
 
+from meshloom.chakra.packed import GZIP, Unpacked
 from meshloom.errors import DataError, OfflineError
 from meshloom.train.sources import SAMPLE, Document, File, Pair, Reading, Tally
 
 At = Callable[[float], None]
 
-_GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"  # Windows editors put it before UTF-8
+_LONGEST_LINE = 256 << 20  # bytes
 _LONGEST = 1 << 20  # bytes of text after which a document of a text file ends with its line
 
 
@@ -56,7 +56,7 @@ def _squad(name: str, reading: Reading, tally: Tally, at: At) -> Iterator[Docume
             raw = file.read()
     try:
         table = msgspec.json.decode(raw.removeprefix(_BOM))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         hint = "; if each line is an object of its own, name the file .jsonl" if b"}\n{" in raw[: 1 << 20] else ""
         raise DataError(f"{name}: expected JSON in SQuAD format, got '{error}'{hint}") from error
     try:
@@ -82,7 +82,7 @@ def _jsonl(name: str, reading: Reading, tally: Tally, at: At) -> Iterator[Docume
     """The text of each line's object."""
     decode = msgspec.json.Decoder(dict[str, Any]).decode
     with _readable(name), _opened(Path(name)) as (file, share):
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file), start=1):
             if number % 256 == 0:
                 at(share())
             if number == 1:
@@ -91,7 +91,7 @@ def _jsonl(name: str, reading: Reading, tally: Tally, at: At) -> Iterator[Docume
                 continue
             try:
                 row = decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 _bad(f"{name}, line {number}: expected a JSON object, got '{_told(error, line)}'", reading, tally)
                 continue
             text = _field(row, f"{name}, line {number}", reading, tally)
@@ -104,7 +104,7 @@ def _text(name: str, reading: Reading, tally: Tally, at: At) -> Iterator[Documen
     lines: list[str] = []
     length = 0
     with _readable(name), _opened(Path(name)) as (file, share):
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file), start=1):
             if number == 1:
                 line = line.removeprefix(_BOM)
             if not line.isspace():
@@ -146,8 +146,9 @@ def _parquet(name: str, reading: Reading, tally: Tally, at: At) -> Iterator[Docu
                         where = f"{name}, row {number}: expected text in '{reading.text_field}'"
                         _bad(f"{where}, got {_kind_of(value)}", reading, tally)
                 done += batch.num_rows
-        except ArrowException as error:
-            raise DataError(f"{name}: expected a Parquet file, got '{str(error).splitlines()[0]}'") from error
+        except (ArrowException, UnicodeDecodeError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{name}: expected a Parquet file, got '{said}'") from error
 
 
 def _hub(name: str, reading: Reading, tally: Tally, at: At) -> Iterator[Document]:
@@ -263,10 +264,18 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
     """The bytes of a file, unpacked if they are gzip, and a function that tells what share of it has been read."""
     num_bytes = max(1, path.stat().st_size)
     with path.open("rb") as raw:
-        packed = raw.read(2) == _GZIP
+        packed = raw.read(2) == GZIP
         raw.seek(0)
-        file: IO[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if packed else raw
+        file: IO[bytes] = io.BufferedReader(Unpacked(raw), 1 << 20) if packed else raw
         yield file, lambda: raw.tell() / num_bytes
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of the file; raises OSError for one that would fill the memory."""
+    while line := file.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise OSError(f"a line of more than {_LONGEST_LINE >> 20} MiB")
+        yield line
 
 
 @contextmanager

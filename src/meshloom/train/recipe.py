@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import json
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,13 +23,9 @@ from numpy.typing import NDArray
 
 from meshloom.chakra.file import whole_file
 from meshloom.errors import DataError, FolderError
+from meshloom.hardware.table import parse_toml
 from meshloom.train.readers import read
 from meshloom.train.sources import Document, Reading, Source, Tally, find_sources
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # why a document is not written, in the order of the tests
 REASONS = ("bad line", "empty", "too short", "too long", "equal", "similar", "over ratio")
@@ -74,15 +69,15 @@ class _Text:
 def load_recipe(path: Path) -> Recipe:
     """The recipe of a TOML file, its sources found; paths in it are relative to its folder.  Raises DataError."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = parse_toml(path.read_text(encoding="utf-8"))
         recipe = msgspec.convert(table, Recipe)
     except OSError as error:
         raise DataError(f"{path}: expected a recipe (TOML), got '{error.strerror}'") from error
-    except (ValueError, msgspec.ValidationError) as error:  # of TOML, of UTF-8, of what stands in it
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:  # of TOML, of UTF-8, of what stands in it
         raise DataError(f"{path}: expected a recipe with [[source]] tables of data and ratio, got '{error}'") from error
     for wrong, what in (
         (not recipe.source, "at least one [[source]]"),
-        (any(not item.ratio > 0 for item in recipe.source), "a ratio above 0 for each source"),
+        (any(not 0 < item.ratio < 1e9 for item in recipe.source), "a ratio above 0 for each source"),
         (not 0 <= recipe.validation < 1, "validation from 0 to below 1, the share that is split off"),
         (recipe.near is not None and not 0 < recipe.near < 1, "near between 0 and 1"),
         (recipe.megabytes is not None and not recipe.megabytes > 0, "megabytes above 0"),
@@ -95,7 +90,10 @@ def load_recipe(path: Path) -> Recipe:
 
 def _beside(recipe: Path, data: str) -> str:
     near = recipe.parent / data
-    return str(near) if near.exists() or "." in near.name else data
+    try:
+        return str(near) if near.exists() or "." in near.name else data
+    except (OSError, ValueError) as error:  # longer than names may be
+        raise DataError(f"{recipe}: expected data to name a file, got {data!r:.60}") from error
 
 
 def mix(

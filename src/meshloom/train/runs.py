@@ -200,6 +200,9 @@ def read_run(folder: Path) -> Run:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         last = _last_line(folder / "metrics.jsonl")
+        process = facts.get("process")
+        if process is not None and not isinstance(process.get("pid"), int):
+            raise ValueError(f"process {process!r:.60}")
         state, reason = str(facts["state"]), str(facts.get("reason", ""))
         if state in ("starting", "running") and find_process(facts.get("process")) is None:
             state, reason = "failed", "its process is gone and left no word"
@@ -212,11 +215,11 @@ def read_run(folder: Path) -> Run:
             reason=reason,
             step=int(last.get("step", -1)) + 1,
             max_steps=int(facts.get("command", {}).get("max_steps", 0)),
-            loss=last.get("loss"),
-            process=facts.get("process"),
-            arguments=list(facts.get("arguments", [])),
+            loss=None if (loss := last.get("loss")) is None else float(loss),
+            process=process,
+            arguments=[str(argument) for argument in facts.get("arguments", [])],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FolderError(f"{path}: expected what a run wrote, got '{error}'") from error
 
 

@@ -64,7 +64,7 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
 
     def ends(self) -> np.ndarray[Any, Any]:
         """Where each segment ends, mapped into memory: (num_segments,) uint64."""
-        return np.asarray(np.load(Path(self.folder) / "ends.npy", mmap_mode="r"))
+        return np.asarray(np.load(Path(self.folder) / "ends.npy", mmap_mode="r", allow_pickle=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -329,6 +329,20 @@ def write_index(folder: Path, index: Index) -> None:
     (folder / _INDEX).write_text(json.dumps({"version": _VERSION, "tensors": tensors}), encoding="utf-8")
 
 
+def inside(name: str) -> str:
+    """The name of a file that a folder lists; raises ValueError if it leads out of the folder."""
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"a file outside of the folder: {name!r:.80}")
+    return name
+
+
+def _whole(sizes: Sequence[Any]) -> tuple[int, ...]:
+    if not all(isinstance(size, int) and 0 <= size < 1 << 48 for size in sizes):
+        raise ValueError(f"sizes {sizes!r:.80}")
+    return tuple(sizes)
+
+
 def read_index(folder: Path) -> Index:
     """The index of a checkpoint; raises FolderError if it is missing or not what it should be."""
     path = folder / _INDEX
@@ -339,13 +353,13 @@ def read_index(folder: Path) -> Index:
         return {
             fqn: Known(
                 dtype=_TYPES[known["dtype"]],
-                shape=tuple(known["shape"]),
+                shape=_whole(known["shape"]),
                 boxes=tuple(
-                    Box(offsets=tuple(offsets), sizes=tuple(sizes), file=file, key=key)
+                    Box(offsets=_whole(offsets), sizes=_whole(sizes), file=inside(file), key=str(key))
                     for offsets, sizes, file, key in known["boxes"]
                 ),
             )
             for fqn, known in table["tensors"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path}: expected the index of a checkpoint, got '{error}'") from error

@@ -81,7 +81,7 @@ def _read_json(path: Path) -> nx.DiGraph | None:
         return nx.node_link_graph(table, edges="edges")
     except json.JSONDecodeError:
         return None  # several documents, perhaps; the reader of traces tells
-    except (nx.NetworkXException, KeyError, TypeError, AttributeError) as error:
+    except (nx.NetworkXException, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TraceError(f"{path}: expected a graph that `meshloom view graph` wrote, got '{error}'") from error
 
 

@@ -192,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, {} where there is none; raises FolderError."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FolderError(f"{path}: expected JSON, got '{error}'") from error
 
 
@@ -201,6 +201,8 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         lines = text.split("\n")
-        return [json.loads(line) for line in lines[:-1] + ([lines[-1]] if lines[-1].endswith("}") else []) if line]
-    except (OSError, ValueError) as error:
+        return [
+            dict(json.loads(line)) for line in lines[:-1] + ([lines[-1]] if lines[-1].endswith("}") else []) if line
+        ]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FolderError(f"{path}: expected one JSON object a line, got '{error}'") from error
