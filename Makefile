@@ -1,8 +1,8 @@
-# demo: the whole road on a fresh clone.  test: everything CI runs.  check: format, types, layers.  bench: the numbers.
+# demo: the whole road on a fresh clone.  test: everything CI runs.  check: format, types, layers.  bench: the numbers.  docs: the site.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench docs clean
 
 .venv/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,6 +39,10 @@ format: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/main_job.py --write
 	$(BIN)/python benchmarks/convert.py --write
+
+docs: .venv/.runtime
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
