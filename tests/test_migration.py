@@ -1,4 +1,4 @@
-"""The pages for those who come from other tools: what they name is there, what they tell to run runs, nothing is left out."""
+"""Pages for those who come from other tools: what they name exists, what they run runs, nothing is left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import Meshloom
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("migration.md", "migration.ko.md")
-# their files that nothing here stands for: documents about themselves, packaging, and shell patterns over files named elsewhere
+# their files that need no counterpart: documents about themselves, and packaging
 _NOT_MAPPED = {"PROJECT_SUMMARY.md", "README.md", "USAGE_GUIDE.md", "__init__.py", "docker-compose.yml"}
 _OF_OTHERS = {"--index-url", "--version"}  # options of pip and nvcc
 
@@ -67,7 +67,8 @@ def test_options_on_the_right_exist_somewhere(page: str) -> None:
     known = set[str]()
     for name in cli.list_commands(click.Context(cli)):
         command, _ = _resolve([name])
-        known |= _options(command)
+        below = list(command.commands.values()) if isinstance(command, click.Group) else []
+        known |= set[str]().union(*map(_options, [command, *below]))
     known |= _options(cli) | {"--no-python"}
     rows = [line.strip("|").split(" | ") for line in _text(page).splitlines() if line.startswith("| ")]
     assert len(rows) > 50
