@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,13 @@ def test_nothing_is_touched(
     monkeypatch.setenv("MESHLOOM_CACHE_DIR", str(tmp_path / "cache"))
     told = _dry(capsys, *TRAIN, "--plan", "dp2", "--max-steps", "3", "--out", "run", "--device", "cpu")
     assert list(tmp_path.iterdir()) == []
-    assert "command: meshloom train --model gpt2-tiny --data sample --seq-length 32 --plan dp2 --max-steps 3" in told
+    (line,) = (line for line in told.splitlines() if line.startswith("command: "))
+    words = shlex.split(line.removeprefix("command: "))
+    assert words[:2] == ["meshloom", "train"]
+    assert dict(zip(words[2::2], words[3::2])) == {
+        "--model": "gpt2-tiny", "--data": "sample", "--seq-length": "32", "--plan": "dp2", "--max-steps": "3",
+        "--out": "run", "--device": "cpu",
+    }  # fmt: skip
     assert "463,360 parameters, plan dp2 on 2 ranks, weights: random" in told
     assert "3 steps of 8 sequences a step, 256 tokens: 768 tokens in all" in told
     assert "memory of the fullest rank: " in told
@@ -62,14 +69,33 @@ def test_memory_is_that_of_the_closed_form(
     assert memory["reserved"] > 4 * memory["weights"]
 
 
+def test_it_is_estimated_for_the_hardware_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("train", "--model", "llama-3-8b", "--tokenizer", "bytes", "--data", "sample", "--plan", "tp4.dp2",
+                 "--precision", "bf16", "--batch-size", "2", "--seq-length", "4096", "--json")  # fmt: skip
+    told = {spec: json.loads(_dry(capsys, *arguments, "--hardware", spec))["estimate"] for spec in ("h100-sxm", "h200")}
+    assert told["h100-sxm"]["device_memory_bytes"] < told["h200"]["device_memory_bytes"]
+    assert told["h100-sxm"]["cluster"].startswith("1 × 8 ")
+    assert all(0.1 < item["mfu"] < 0.9 for item in told.values())
+
+
 def test_what_the_closed_form_does_not_know_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("train", "--model", "mixtral-8x7b", "--tokenizer", "bytes", "--data", "sample", "--plan", "tp2")
     assert "no estimate of memory and time: mixtral-8x7b: a mixture of experts" in _dry(capsys, *arguments)
 
 
+def test_nothing_is_downloaded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a dry run asked the hub")
+
+    monkeypatch.setattr("meshloom.model.config.hub", never)
+    told = _dry(capsys, "train", "--model", "llama-2-7b", "--data", "sample", "--plan", "tp8", "--device", "cpu")
+    assert "6,738,415,616 parameters, plan tp8 on 8 ranks" in told
+    assert "tokenizer: not on this host yet" in told
+
+
 def test_a_mistake_is_told_as_in_a_real_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run([*TRAIN, "--plan", "tp3", "--dry-run"]) == 2
-    assert "which tp3 does not divide" in capsys.readouterr().err
+    assert _run([*TRAIN, "--plan", "pp3", "--dry-run"]) == 2
+    assert "expected at least 3 layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,9 @@ def test_two_hosts_are_one_world(straight: Path, tmp_path: Path, kill: bool) -> 
             host.communicate()
     assert _losses(run) == _losses(straight)
     assert _same_end(run, straight)
+    log = subprocess.run([sys.executable, "-m", "meshloom.cli", "runs", "logs", str(run), "--rank", "1"],
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    assert ("a rank died: restart" in log.stdout) == kill
 
 
 @linux
@@ -178,10 +181,12 @@ def test_a_host_that_differs_is_refused(tmp_path: Path) -> None:
     where = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     first = _start(*TRAIN, *where, "--out", str(tmp_path / "a"))
     try:
-        other = _start(*TRAIN, *where, "--plan", "dp4", "--node-rank", "1", "--out", str(tmp_path / "b"))
+        other = _start(*TRAIN, *where, "--plan", "tp2", "--node-rank", "1", "--out", str(tmp_path / "b"))
         _, said = other.communicate(timeout=120)
         assert other.returncode == 2
-        assert "expected the same on all hosts, host 0 has 2 hosts of 1 ranks, this one 2 hosts of 2 ranks" in said
+        assert (
+            "host 0 has plan dp2, seed 0 on 2 hosts of 1 ranks, this one plan tp2, seed 0 on 2 hosts of 1 ranks" in said
+        )
         taken = _start(*TRAIN, *where, "--out", str(tmp_path / "c"))
         _, said = taken.communicate(timeout=120)
         assert taken.returncode == 2
@@ -208,6 +213,15 @@ def test_mistakes(arguments: tuple[str, ...], told: str, capsys: pytest.CaptureF
     assert _run([*TRAIN, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+
+
+def test_under_torchrun_its_own_options_count(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _run([*TRAIN, "--out", "x", "--max-restarts", "2"]) == 2
+    assert "expected them at who starts the ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

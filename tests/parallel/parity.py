@@ -120,7 +120,7 @@ def compare(out: str, plan: str, spoil: bool, families: list[str]) -> None:
                 errors[path] = float((parameter.grad - mine).abs().max()) / own
             worst = torch.tensor([max(errors.values())], dtype=torch.double)
             torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-            norms = [float(clip_gradients(serial, 1e9, mesh)), float(clip_gradients(cut, 1e9, mesh))]
+            norms = [float(clip_gradients(model.parameters(), 1e9, mesh)) for model in (serial, cut)]
             num_cut = sum(shard_of(parameter) is not None for parameter in cut.parameters())
             differ = max(float((other - logits[0]).abs().max()) for other in logits[1:])
             found[name] = {"logits": differ, "saw_whole_vocabulary": 101 in sizes.seen,

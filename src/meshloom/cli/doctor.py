@@ -23,8 +23,8 @@ _EXTRAS = {
     "datasets": ("datasets from the hub", "pip install 'meshloom[data]'"),
     "pyarrow": ("Parquet files", "pip install 'meshloom[data]'"),
     "datasketch": ("near-duplicates in `data prepare`", "pip install 'meshloom[data]'"),
-    "tensorboard": ("event files of a run", "pip install tensorboard"),
-    "wandb": ("reports to Weights & Biases", "pip install wandb"),
+    "tensorboard": ("looking at the event files of a run", "pip install 'meshloom[tensorboard]'"),
+    "wandb": ("reports to Weights & Biases", "pip install 'meshloom[wandb]'"),
 }
 _SLOW = 0.5  # of what the data sheet promises
 
@@ -55,6 +55,9 @@ def command(data: tuple[str, ...], tokenizer: str | None, model: str | None, dev
       meshloom doctor
       meshloom doctor --data train-v1.1.json --tokenizer gpt2 --json
     """
+    from meshloom.parallel.launch import count_gpus_without_cuda
+
+    count_gpus_without_cuda()  # this process forks ranks
     findings = [*_software(), *_room(), *_ranks(device), *_reachable(data, tokenizer, model), *_extras()]
     failed = any(finding.state == "failure" for finding in findings)
     if as_json:
@@ -230,7 +233,7 @@ def _product(told: dict[str, Any]) -> Finding:
         found += (
             f" on {told['threads']} threads; the sheet's cores would peak at {per_core * told['threads'] / 1e12:.2f}"
         )
-        advice = "estimates for this CPU are rough: `meshloom calibrate` makes a file of yours"
+        advice = "estimates for this CPU are rough: `meshloom calibrate --here` makes a file of yours"
         return Finding(what=what, state="ok", found=found, advice=advice)
     spec = spec_of(name)
     if spec is None:

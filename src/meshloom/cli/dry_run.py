@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from meshloom.cli.estimate import estimate, lines_of, this_host
+from meshloom.cli.estimate import cluster_of, estimate, lines_of, this_host
 from meshloom.cli.hosts import Start
+from meshloom.cli.training import Asked
 from meshloom.errors import MeshloomError
 
 
@@ -22,12 +23,14 @@ def commands(arguments: Sequence[str], start: Start, out: str | None) -> list[st
 
 
 def describe(
-    job: Any, model: str, num_parameters: int, data: Sequence[str], device: str, start: Start, epochs: float | None
+    job: Any, model: str, num_parameters: int, data: Sequence[str], device: str, start: Start, asked: Asked
 ) -> dict[str, Any]:
     """Sizes, memory and step time of a run, as JSON takes them; `estimate_error` where they cannot be told.
 
-    The steps of `epochs` are not known before the data is tokenised: None.
+    The steps of epochs are not known before the data is tokenised: None. It is estimated for this host, or for hosts of
+    the device of --hardware.
     """
+    epochs = asked.epochs
     told: dict[str, Any] = {
         "model": model,
         "num_parameters": num_parameters,
@@ -39,10 +42,12 @@ def describe(
         "max_steps": None if epochs else job.max_steps,
         "epochs": epochs,
         "data": list(data),
+        "tokenizer": "there" if job.tokenizer is not None else "not on this host yet",
         "weights": job.resume or job.weights or "random",
     }
     try:
-        cluster = this_host(device, start.num_ranks, start.num_hosts)
+        size = start.num_ranks, start.num_hosts
+        cluster = cluster_of(asked.hardware, *size) if asked.hardware else this_host(device, *size)
         told["estimate"] = estimate(
             job.config, model, job.plan, cluster, batch_size=job.batch_size, seq_length=job.seq_length,
             precision=job.precision,
@@ -63,7 +68,7 @@ def in_words(told: dict[str, Any]) -> str:
         *(f"command: {command}" for command in told["commands"]),
         f"{told['model']}: {told['num_parameters']:,} parameters, plan {told['plan']} on {where}, weights: "
         f"{told['weights']}",
-        f"data: {', '.join(told['data'])}",
+        f"data: {', '.join(told['data'])}; tokenizer: {told['tokenizer']}",
         f"{how_long} of {told['global_batch']:,} sequences a step, {told['tokens_per_step']:,} tokens"
         + (f": {steps * told['tokens_per_step']:,} tokens in all" if steps else ""),
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from meshloom.errors import ModelError
+from meshloom.errors import HardwareError, ModelError
 from meshloom.hardware.cluster import Cluster, Network
 from meshloom.hardware.device import Device, load_device
 from meshloom.plan import Plan
@@ -62,12 +62,14 @@ def spec_of(device_name: str) -> str | None:
 def this_host(device: str, num_ranks: int, num_hosts: int = 1) -> Cluster:
     """`num_hosts` hosts such as this one, of `num_ranks` devices: GPUs by their data sheets, else the CPU's.
 
-    Raises HardwareError if there is no sheet for the GPU.
+    Raises HardwareError if there is no GPU, or no sheet for it.
     """
     import torch
 
     spec = "cpu"
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise HardwareError("--device cuda: expected a GPU on this host to estimate for, torch sees none")
         spec = spec_of(torch.cuda.get_device_name()) or torch.cuda.get_device_name()
     sheet: Device = load_device(spec)
     if spec == "cpu":  # the ranks of a host share its processor
@@ -81,17 +83,17 @@ def this_host(device: str, num_ranks: int, num_hosts: int = 1) -> Cluster:
     return _cluster(sheet, num_ranks, num_hosts)
 
 
-def cluster_of(spec: str, num_devices: int) -> Cluster:
-    """One host of `num_devices` of a device file; raises HardwareError."""
-    return _cluster(load_device(spec), num_devices, 1)
+def cluster_of(spec: str, num_devices: int, num_hosts: int = 1) -> Cluster:
+    """`num_hosts` hosts of `num_devices` of a device file; raises HardwareError."""
+    return _cluster(load_device(spec), num_devices, num_hosts)
 
 
 def _cluster(sheet: Device, num_devices: int, num_hosts: int) -> Cluster:
     """Links are those that were measured on the device; what its file leaves out is an order of magnitude."""
     link = Network(name="inside this host", bytes_per_second=10e9, latency_ns=5000, collectives=sheet.collectives)
     return Cluster(
-        name=f"this host ({sheet.name})", device=sheet, num_hosts=num_hosts, devices_per_host=num_devices,
-        inside_host=link, between_hosts=link,
+        name=f"{num_hosts} × {num_devices} {sheet.name}", device=sheet, num_hosts=num_hosts,
+        devices_per_host=num_devices, inside_host=link, between_hosts=link,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from meshloom.cli.train import command as train_command
-from meshloom.cli.train import outcome
+from meshloom.cli.train import given_arguments, outcome
 from meshloom.errors import FolderError, MeshloomError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -128,7 +128,7 @@ def expand(table: Mapping[str, Any], *, tiny: bool, settings: Sequence[str], out
     for values in product(*axes.values()):
         chosen = {**options, **dict(zip(axes, values))}
         name = ".".join(_slug(value) for value in values) or _slug(chosen["model"])
-        cells.append(Experiment(name=name, folder=where / name, arguments=tuple(_arguments(chosen))))
+        cells.append(Experiment(name=name, folder=where / name, arguments=_as_noted(_arguments(chosen))))
     names = [cell.name for cell in cells]
     for name in names:
         if names.count(name) > 1:
@@ -159,6 +159,12 @@ def _arguments(options: Mapping[str, Any]) -> Iterator[str]:
                 yield option
             elif item is not False:
                 yield from (option, str(item))
+
+
+def _as_noted(arguments: Iterator[str]) -> tuple[str, ...]:
+    """Arguments in the form in which a run notes them: checked, and in train's own order."""
+    context = train_command.make_context("meshloom train", list(arguments))
+    return tuple(given_arguments(context, leave_out=()))
 
 
 def run(cell: Experiment) -> Result:
@@ -212,7 +218,7 @@ def _show(results: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("experiment", "state", "first loss", "last loss", "tokens/s", "traces", "faults", "seconds")
+    table = Table("experiment", "state", "loss", "at last", "tokens/s", "traces", "faults", "s")
     table.columns[0].no_wrap = True
     for item in results:
         numbers = ["" if value is None else f"{value:.4f}" for value in (item.first_loss, item.last_loss)]

@@ -71,6 +71,7 @@ _TRACED = 2  # the decode step that is recorded: not the first, which makes what
     help="Of weights and cache.",
 )
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--no-cuda-graph", is_flag=True, help="On a GPU: launch each kernel of a decode step by itself.")
 @click.option("--trace", help="A new folder: record the prefill and one decode step on each rank as Chakra traces.")
 @click.option("--visualize-trace", is_flag=True, help="With --trace: draw both steps (SVG).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
@@ -168,6 +169,7 @@ def _job(
     random_weights: bool,
     shard_cache: str | None,
     dtype: str,
+    no_cuda_graph: bool,
     traced: bool,
 ) -> Any:
     """What is generated, found and checked before any process is started."""
@@ -196,6 +198,7 @@ def _job(
         shard_cache=shard_cache,
         seed=seed,
         dtype=dtype,
+        cuda_graph=not no_cuda_graph,
         traced_step=min(_TRACED, max(1, max_new_tokens - 1)) if traced else None,
     )
     check_job(job)

@@ -26,6 +26,15 @@ class Start:
     hosts: Hosts | None = None
     max_restarts: int = 0
 
+    def check_alone(self, out: str | None) -> None:
+        """Raise UsageError for what cannot be where each rank was started by itself, by torchrun or by hand."""
+        if out is None:
+            raise UsageError("expected --out where each rank is started by itself, so that all write to one folder")
+        if self.hosts or self.max_restarts:
+            raise UsageError(
+                "--nnodes, --max-restarts: expected them at who starts the ranks, such as torchrun; give --resume here"
+            )
+
     @property
     def host_rank(self) -> int:
         """Which host this is."""
@@ -75,7 +84,8 @@ def take_hosts(options: dict[str, Any], plan: Plan, *, out: str | None, backgrou
     if background and rank:
         raise UsageError("--background: expected it on host 0 only; on the others use the launcher of your cluster")
     address, port = parse_endpoint(endpoint)
-    hosts = Hosts(num_hosts=nnodes, host_rank=rank, address=address, port=port)
+    job = f"plan {plan}, seed {options.get('seed')}"
+    hosts = Hosts(num_hosts=nnodes, host_rank=rank, address=address, port=port, job=job)
     return Start(num_ranks=ranks_per_host(plan, nnodes), num_hosts=nnodes, hosts=hosts, max_restarts=restarts)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
 from meshloom.errors import FolderError, RunFailed, UsageError
+from meshloom.plan import Plan
 
 _POLL_S = 0.2
 
@@ -174,7 +176,17 @@ def _log(path: Path, rank: int | None) -> Path:
         if not console.is_file():
             raise FolderError(f"{path}: expected logs/console.log, which a run in the background has; use --rank")
         return console
-    found: list[Any] = sorted((path / "logs").rglob(f"*/{rank}/stdout.log"))
+    host, local_rank = divmod(rank, _ranks_per_host(path))
+    logs = path / "logs" / f"host{host:05}" if host else path / "logs"
+    found: list[Any] = sorted((logs / "elastic").rglob(f"*/{local_rank}/stdout.log"))
     if not found:
         raise FolderError(f"{path}: expected output of rank {rank}, found none; rank 0 prints to the console")
     return Path(found[-1])
+
+
+def _ranks_per_host(path: Path) -> int:
+    from meshloom.train.runs import read_run
+
+    arguments = read_run(path).arguments
+    given = dict(pairwise(arguments))
+    return max(1, Plan.parse(given.get("--plan", "dp1")).world_size // int(given.get("--nnodes", 1)))

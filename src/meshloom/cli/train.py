@@ -147,8 +147,7 @@ def train(
     world = world_from_environment()
     if world is not None:
         cut.with_world_size(world[1])
-        if out is None:
-            raise UsageError("expected --out where each rank is started by itself, so that all write to one folder")
+        start.check_alone(out)
     resumed = _resumed(resume, out)
     if options["max_steps"] is not None:  # as early as can be
         tracing.first(options["max_steps"], resumed)
@@ -160,7 +159,7 @@ def train(
     show: dict[str, Any] = {"show": is_first, "quiet": as_json, "dry": dry_run}
     job, num_parameters = _job(model=model, plan=cut, asked=asked, free=free, **show, **save, **options)
     if dry_run:
-        told = describe(job, model, num_parameters, options["data"], device, start, asked.epochs)
+        told = describe(job, model, num_parameters, options["data"], device, start, asked)
         told["commands"] = commands(arguments, start, out)
         click.echo(json.dumps(told) if as_json else in_words(told))
         return None
@@ -304,7 +303,7 @@ def _job(
     **numbers: Any,
 ) -> tuple[Any, int]:
     """What is trained, and how many parameters it has; found, checked and tokenised before any process is started."""
-    from meshloom.model.config import choose_attention, load_config, load_tokenizer, objective_of
+    from meshloom.model.config import choose_attention, load_config, objective_of
     from meshloom.model.pretrained import find_weights
     from meshloom.train.data import check_tokenizer
     from meshloom.train.job import Job, check_job
@@ -319,7 +318,7 @@ def _job(
         weights=None if weights is None else str(weights),
         config=config,
         objective=objective or objective_of(config),
-        tokenizer=load_tokenizer(tokenizer or model),
+        tokenizer=_tokenizer(tokenizer or model, dry),
         plan=replace(
             plan,
             num_micro_batches=gradient_accumulation,
@@ -330,7 +329,8 @@ def _job(
         max_steps=max_steps or 1,
         **numbers,
     )
-    check_tokenizer(job.tokenizer, config, job.objective)
+    if job.tokenizer is not None:
+        check_tokenizer(job.tokenizer, config, job.objective)
     num_parameters = check_job(job, free)
     if dry:
         return job, num_parameters
@@ -339,6 +339,18 @@ def _job(
     reading = Reading(text_field=text_field, skip_bad_lines=skip_bad_lines)
     opened = partial(open_stream, job=job, reading=reading, cache_dir=cache_dir, show=show, quiet=quiet)
     return complete(replace(job, stream=opened(sources)), asked, partial(opened, what="eval data")), num_parameters
+
+
+def _tokenizer(name: str, dry: bool) -> Any:
+    """The tokenizer; a dry run downloads none, and does without: None."""
+    from meshloom.model.config import load_tokenizer
+
+    try:
+        return load_tokenizer(name, download=not dry)
+    except MeshloomError:
+        if not dry:
+            raise
+        return None
 
 
 def _free_memory() -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from meshloom.errors import UsageError
 from meshloom.generate.sample import Sampler, Sampling
 from meshloom.model.cache import Cache, make_cache
+from meshloom.model.graph import Graphed
 from meshloom.model.step import decode_step, prefill_step
 from meshloom.model.tape import Replay
 from meshloom.parallel.mesh import Mesh
@@ -60,26 +61,30 @@ def generate(
     at_least: int = 0,
     on_tokens: OnTokens = lambda tokens: None,
     plainly: bool = False,
+    cuda_graph: bool = True,
 ) -> Generation:
     """Continue all prompts together until each has met an end token or `max_new_tokens` are there.
 
     `model` is what `parallelize` returned, with its weights, in eval mode. Every rank of the mesh must call this with
     the same arguments, and gets the same tokens. `first` is the number of the first prompt in the whole run, `at_least`
-    how many steps are done even if all sequences have ended; `plainly` runs the model's own code at every step.
+    how many steps are done even if all sequences have ended; `plainly` runs the model's own code at every step,
+    `cuda_graph` captures a decode step where the device and the model can, and there is one stage.
     Raises UsageError if there is nothing to continue.
     """
     if not prompts or not all(prompts):
         raise UsageError("generate: expected prompts of at least one token each")
     ids, mask = padded(prompts, mesh.device)
+    graph = cuda_graph and mesh.device.type == "cuda" and not isinstance(model, Pipeline) and not plainly
     cache = make_cache(
         model,
         batch_size=len(prompts),
         max_length=ids.shape[1] + max_new_tokens,
         device=mesh.device,
         mask=mask,
+        fixed=graph,
     )
     _learn_shapes(model, ids)
-    replay = Replay()
+    replay: Graphed | Replay = Graphed() if cache.fixed is not None else Replay()
     sampler = Sampler(sampling, range(first, first + len(prompts)), max_new_tokens)
     run = _Run(cache, len(prompts), eos_ids, on_tokens)
     tokens = torch.empty(0)
@@ -95,6 +100,8 @@ def generate(
             else:
                 way = run_plainly if recorded or plainly else replay
                 tokens = decode_step(model, tokens, mesh=mesh, cache=cache, choose=sampler, run=way)
+        if recorded and cache.fixed is None:
+            replay = Replay()  # which counts the steps that it sees, and has missed this one
         told = tokens.tolist()
         run.note(step, told, time.perf_counter_ns() - begin_ns, recorded=recorded)
     return run.result()

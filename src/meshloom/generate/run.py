@@ -52,6 +52,7 @@ class Job:
     shard_cache: str | None = None
     seed: int = 0  # of random weights
     dtype: str = "float32"
+    cuda_graph: bool = True
     traced_step: int | None = None  # the decode step that is recorded, beside the prefill
 
 
@@ -129,6 +130,7 @@ def _continue(job: Job, model: nn.Module, mesh: Mesh, first: int, around: Any, *
         eos_ids=job.eos_ids,
         first=first,
         around=around,
+        cuda_graph=job.cuda_graph,
         at_least=0 if job.traced_step is None or first else job.traced_step + 1,
         on_tokens=teller.tell if teller is not None else lambda tokens: None,
     )

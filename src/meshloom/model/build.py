@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,8 @@ def flops_per_token(config: Any, objective: Objective, *, seq_length: int) -> fl
     The products of the model, attention without its causal half, and no recomputation: what MFU is defined by
     (Chowdhery et al. 2022, appendix B).
     """
+    config = copy.deepcopy(config)
+    config.use_cache = True  # without it, some forwards look into position ids, which have no values here
     model = build_model(config, objective, seed=0, device="meta")
     batch = example_batch(objective, micro_batch=1, seq_length=seq_length, device="meta")
     with FlopCounterMode(display=False) as counter:

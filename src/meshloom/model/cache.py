@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 from transformers.generation.utils import GenerationMixin
 
 from meshloom.errors import ModelError
@@ -61,6 +61,32 @@ class _Filled(DynamicLayer):  # type: ignore[misc]
 
 
 @dataclass(slots=True, kw_only=True)
+class Fixed:
+    """Position and mask of a decode step in memory of their own, so that a graph of the step finds them there."""
+
+    position: Tensor  # (B, 1) int64
+    attends: Tensor  # (B, 1, 1, max_length) bool
+
+    def arguments(self, ids: Tensor, begin: int, positions: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """What the model's forward gets to continue with the tokens `ids` (B, S) after `begin` others."""
+        count, most = ids.shape[1], positions.shape[1]
+        if count == 1:
+            return {"input_ids": ids, "position_ids": self.position, "attention_mask": self.attends}
+        places = torch.arange(most, device=ids.device)
+        sees = places <= places[begin : begin + count, None]  # (S, max_length)
+        sees = sees.expand(ids.shape[0], 1, count, most)
+        if mask is not None:
+            sees = sees & mask.bool()[:, None, None, :]
+        return {"input_ids": ids, "position_ids": positions.narrow(1, begin, count), "attention_mask": sees}
+
+    def settle(self, begin: int, positions: Tensor, mask: Tensor | None) -> None:
+        """Write what the decode step after `begin` tokens needs."""
+        self.position.copy_(positions.narrow(1, begin, 1))
+        self.attends.zero_()
+        self.attends[:, 0, 0, : begin + 1] = True if mask is None else mask[:, : begin + 1].bool()
+
+
+@dataclass(slots=True, kw_only=True)
 class Cache:
     """What steps of one batch of sequences share on a rank: keys and values, and where each sequence stands.
 
@@ -76,6 +102,7 @@ class Cache:
     takes: frozenset[str]
     attends: Tensor | None = None  # (B, 1, 1, max_length) bool: the mask of a decode step as attention takes it
     constant: dict[str, Any] = field(default_factory=dict)  # arguments that are the same in each step
+    fixed: Fixed | None = None  # where every decode step must have the same shapes and memory
 
     @property
     def length(self) -> int:
@@ -85,6 +112,8 @@ class Cache:
     def arguments(self, ids: Tensor) -> dict[str, Any]:
         """What the model's forward gets to continue with the tokens `ids` (B, S)."""
         begin, count = self.clock.length, ids.shape[1]
+        if self.fixed is not None:
+            return self.fixed.arguments(ids, begin, self.positions, self.mask) | self.constant
         found = {"input_ids": ids, **self.constant}
         if "position_ids" in self.takes:
             found["position_ids"] = self.positions.narrow(1, begin, count)
@@ -97,6 +126,8 @@ class Cache:
     def advance(self, count: int) -> None:
         """Tell that `count` more tokens of each sequence were fed."""
         self.clock.length += count
+        if self.fixed is not None and self.clock.length < self.max_length:
+            self.fixed.settle(self.clock.length, self.positions, self.mask)
         for layer in self.past.layers:  # of other stages, which are not run here, but asked for their length
             if isinstance(getattr(layer, "cumulative_length", None), int):
                 layer.cumulative_length = self.clock.length
@@ -113,12 +144,19 @@ class Cache:
 
 
 def make_cache(
-    model: nn.Module, *, batch_size: int, max_length: int, device: torch.device, mask: Tensor | None = None
+    model: nn.Module,
+    *,
+    batch_size: int,
+    max_length: int,
+    device: torch.device,
+    mask: Tensor | None = None,
+    fixed: bool = False,
 ) -> Cache:
     """A cache for `batch_size` sequences of up to `max_length` tokens, of a whole or cut model.
 
-    `mask` (B, S) tells which tokens of prompts padded on the left are none: 0. Raises ModelError if the model cannot
-    continue from a cache.
+    `mask` (B, S) tells which tokens of prompts padded on the left are none: 0. If `fixed`, and the model can, all
+    decode steps have the same shapes and memory: HF's static cache. Raises ModelError if the model cannot continue from
+    a cache.
     """
     inner: Any = inner_model(model)
     known = inspect.signature(type(inner).forward).parameters
@@ -139,6 +177,14 @@ def make_cache(
         full = torch.ones(batch_size, max_length, dtype=torch.long, device=device)
         full[:, : mask.shape[1]] = mask
         positions = (full.cumsum(1) - 1).clamp(min=0)
+    steady = None
+    if fixed and "position_ids" in known and _takes_attention_masks(inner, past):
+        past = StaticCache(config=inner.config, max_cache_len=max_length)
+        steady = Fixed(
+            position=torch.zeros(batch_size, 1, dtype=torch.long, device=device),
+            attends=torch.zeros(batch_size, 1, 1, max_length, dtype=torch.bool, device=device),
+        )
+        steady.settle(0, positions, full)
     takes = frozenset(name for name in ("position_ids", "logits_to_keep") if name in known or open_ended)
     constant: dict[str, Any] = {"past_key_values": past, "use_cache": True}
     if "logits_to_keep" in known:  # what passes it on with all others may know it or not
@@ -152,6 +198,7 @@ def make_cache(
         takes=takes,
         attends=None if full is None or not _takes_attention_masks(inner, past) else full.bool()[:, None, None, :],
         constant=constant,
+        fixed=steady,
     )
 
 

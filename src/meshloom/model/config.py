@@ -122,8 +122,11 @@ def eos_ids(model: str, config: Any, tokenizer: Any = None) -> frozenset[int]:
     return frozenset(token for token in found if isinstance(token, int) and 0 <= token < config.vocab_size)
 
 
-def load_tokenizer(tokenizer: str) -> Any:
-    """The HF tokenizer of a folder, hub id or preset, or the built-in `bytes`; raises DataError, OfflineError."""
+def load_tokenizer(tokenizer: str, *, download: bool = True) -> Any:
+    """The HF tokenizer of a folder, hub id or preset, or the built-in `bytes`; raises DataError, OfflineError.
+
+    Without `download` one that is not on this host yet raises OfflineError.
+    """
     if preset_config(tokenizer) is not None and not Path(tokenizer).exists():
         known = preset_tokenizer(tokenizer)
         if known is None:
@@ -144,6 +147,8 @@ def load_tokenizer(tokenizer: str) -> Any:
             ) from error
     with suppress(OSError, ValueError):
         return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    if not download:
+        raise OfflineError(f"tokenizer {tokenizer!r}: it is not on this host yet")
     with hub(f"tokenizer {tokenizer!r}: expected a folder, a hub id, or 'bytes'", DataError):
         return AutoTokenizer.from_pretrained(tokenizer)
 

@@ -15,7 +15,7 @@ from meshloom.model.cache import Cache
 from meshloom.model.config import Objective
 from meshloom.model.scale import LossScale
 from meshloom.model.weights import inner_model
-from meshloom.parallel.apply import clip_gradients, gradient
+from meshloom.parallel.apply import clip_gradients
 from meshloom.parallel.candidates import broadcast, most_likely
 from meshloom.parallel.data import synced_gradients
 from meshloom.parallel.mesh import Mesh
@@ -117,11 +117,11 @@ def train_step(
     grad_norm = None
     with phase("optimizer"):
         bad = found_inf(optimizer)
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if scale is not None:
-            gradients = [gradient(parameter) for parameter in model.parameters() if parameter.grad is not None]
-            scale.unscale(gradients, bad, mesh)
+            scale.unscale([parameter.grad for parameter in held if parameter.grad is not None], bad, mesh)
         if max_grad_norm:
-            grad_norm = clip_gradients(model, max_grad_norm, mesh)
+            grad_norm = clip_gradients(held, max_grad_norm, mesh)
             if scale is None:
                 bad.logical_or_(grad_norm * 0)  # of infinity and of what is no number that is no number, which is true
         optimizer.step()

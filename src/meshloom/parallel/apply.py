@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -158,20 +158,27 @@ def parallelize(
     return Pipeline(model, mesh=mesh, stages=stages, answers=found.answers)
 
 
-def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) -> Tensor:
     """Scale all gradients so that their norm over the whole model is at most `max_norm`; return the norm before.
 
-    Cut parameters are summed over the tensor-parallel group, whole ones counted once; then all over the pipeline, where
-    a parameter that several stages hold counts on the first.
+    `parameters` are all those that this rank holds. Cut ones are summed over the tensor-parallel group, whole ones
+    counted once; then all over the pipeline, where a parameter that several stages hold counts on the first.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    counted = [parameter for parameter in parameters if not getattr(parameter, "counted_elsewhere", False)]
-    whole = [gradient(parameter) for parameter in counted if shard_of(parameter) is None]
-    cut = [
-        gradient(parameter) / shard.num_copies**0.5 if shard.num_copies > 1 else gradient(parameter)
-        for parameter in counted
-        if (shard := shard_of(parameter)) is not None
-    ]
+    gradients: list[Tensor] = []
+    whole: list[Tensor] = []
+    cut: list[Tensor] = []
+    for parameter in parameters:  # once through them: this is part of what a step costs beside its work
+        grad = parameter.grad
+        if grad is None:
+            continue
+        gradients.append(grad)
+        if getattr(parameter, "counted_elsewhere", False):
+            continue
+        shard = shard_of(parameter)
+        if shard is None:
+            whole.append(grad)
+        else:
+            cut.append(grad / shard.num_copies**0.5 if shard.num_copies > 1 else grad)
     # torch.nn.utils.get_total_norm takes another road for fake tensors than for real ones; these ops do not.
     squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (whole, cut) if grads]
     if cut:
@@ -180,14 +187,8 @@ def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     if "pp" in mesh.groups:
         total = sum_over(total, mesh.groups["pp"])
     norm = total.sqrt()
-    torch._foreach_mul_([gradient(parameter) for parameter in parameters], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def gradient(parameter: nn.Parameter) -> Tensor:
-    """The parameter's gradient, which is there."""
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,20 @@ def compile_layers(model: nn.Module, layers: Sequence[str]) -> None:
     without_cache(model)
     for path in layers:
         layer: Any = model.get_submodule(path)
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = _Compiled(layer.forward)
+
+
+class _Compiled:
+    """A forward that is compiled when it first runs; a copy of it, with a model, is the plain forward of the copy."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward, self._compiled = forward, torch.compile(forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._forward, memo)
 
 
 def check_compiler(device_type: str) -> None:

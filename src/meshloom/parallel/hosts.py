@@ -31,13 +31,14 @@ _PORT = 29400  # torchrun's own default
 class Hosts:
     """How many hosts there are, which one this is, and where host 0 answers: `address`, `port`.
 
-    `timeout_s` is how long they wait for one another.
+    `job` is what all must be asked for alike, in words; `timeout_s` how long they wait for one another.
     """
 
     num_hosts: int
     host_rank: int
     address: str
     port: int = _PORT
+    job: str = ""
     timeout_s: float = 600.0
 
     @property

@@ -57,6 +57,11 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def count_gpus_without_cuda() -> None:
+    """Let torch count GPUs by NVML from now on: its other way starts CUDA's driver, which no forked rank could use."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
+
 def cache_folder() -> Path:
     """Where what is slow to make is kept: MESHLOOM_CACHE_DIR, or meshloom in the cache folder of the user."""
     chosen = os.environ.get("MESHLOOM_CACHE_DIR")
@@ -102,7 +107,7 @@ def run_ranks(
     with ExitStack() as stack:
         run_id, first = uuid.uuid4().hex, 0
         if hosts is not None:
-            facts = f"{hosts.num_hosts} hosts of {num_ranks} ranks"
+            facts = f"{hosts.job} on {hosts.num_hosts} hosts of {num_ranks} ranks"
             run_id = stack.enter_context(joined(hosts, facts=facts, again=max_restarts > 0))
             os.environ[_HOSTS] = json.dumps(asdict(hosts))
             stack.callback(os.environ.pop, _HOSTS)
@@ -112,13 +117,17 @@ def run_ranks(
         # What the agent logs when a rank dies is told in one line below; the rest is for those who debug it.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        count_gpus_without_cuda()
         sys.stdout.flush()
         agent = elastic_launch(_agent(num_ranks, own, hosts, run_id, max_restarts), _rank)
         ranks = range(first, first + num_ranks)
         try:
             agent(function, args, os.getpid(), str(own))
         except ChildFailedError as error:
-            raise _explain(own, ranks) from error
+            cause = _explain(own, ranks)
+            if hosts is not None and isinstance(cause, RunFailed):
+                cause = RunFailed(f"{hosts}: {cause}; if it lost a connection, another host tells why")
+            raise cause from error
         except RendezvousError as error:
             raise RunFailed(
                 f"{hosts}: the hosts did not come together (again): {str(error) or 'time is up'}"

@@ -13,7 +13,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 NAME = "one-host"
-_HOST = "localhost"
+_HOST = "127.0.0.1"
 
 
 class OneHost(RendezvousHandler):

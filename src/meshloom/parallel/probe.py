@@ -20,7 +20,7 @@ import torch.distributed as dist
 from meshloom.parallel.launch import rank_context
 
 RESULT, LATE = "probe.json", "late"
-ALL_REDUCE_BYTES = (1 << 16, 1 << 20, 1 << 24)
+ALL_REDUCE_BYTES = tuple(1 << power for power in range(12, 26, 2))
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of the products that are timed
 _ROUNDS = 5
 

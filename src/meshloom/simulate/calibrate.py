@@ -74,12 +74,21 @@ def errors(predicted: Sequence[float], measured: Sequence[float]) -> np.ndarray:
     return found
 
 
-def fit_gemm(device: Device, shapes: Sequence[Gemm], seconds: Sequence[float], *, rounds: int = 25) -> GemmCurve:
+def fit_gemm(
+    device: Device,
+    shapes: Sequence[Gemm],
+    seconds: Sequence[float],
+    *,
+    rounds: int = 25,
+    dtype: str = "bfloat16",
+    itemsize: int = 2,
+) -> GemmCurve:
     """The curve of `device` that fits measured products best in the mean of capped errors."""
-    scale = device.peak("bfloat16") / 989e12
+    scale = device.peak(dtype) / 989e12
     start = {
         "efficiency": 0.85, "k_ramp": 100.0, "wave_loss": 0.3, "memory_efficiency": 0.85,
-        "cache_bytes_per_second": 1.5e13 * scale, "start_ns": 2300.0, "tile_ns": 100.0, "split_ns": 1000.0,
+        "cache_bytes_per_second": max(1.5e13 * scale, device.memory_bytes_per_second), "start_ns": 2300.0,
+        "tile_ns": 100.0, "split_ns": 1000.0,
         "sharpness": 4.0, "occupancy": 2.0, "resident": 0.3, "throttle": 0.03, "step_ns": 30.0,
     }  # fmt: skip
     limits = {"efficiency": (0.3, 1.0), "wave_loss": (1e-3, 1.0), "memory_efficiency": (0.3, 1.0), "throttle": (0, 0.3)}
@@ -87,7 +96,7 @@ def fit_gemm(device: Device, shapes: Sequence[Gemm], seconds: Sequence[float], *
 
     def loss(point: dict[str, float], cap: float = _CAP) -> float:
         trial = replace(device, gemm=GemmCurve(**point))
-        return float(np.minimum(errors(gemm_seconds(many, trial), seconds), cap).mean())
+        return float(np.minimum(errors(gemm_seconds(many, trial, dtype, itemsize), seconds), cap).mean())
 
     # first near, then for the bulk: libraries' odd choices for single shapes would else bend the curve
     near = search(loss, start, limits=limits, rounds=rounds)

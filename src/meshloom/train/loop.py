@@ -232,7 +232,7 @@ class Training:
 
     def _sinks(self) -> list[Sink]:
         with writing(self.folder):
-            sinks: list[Sink] = [EventFile(self.folder / "tensorboard", purge_step=self.begun.step)]
+            sinks: list[Sink] = [EventFile(self.folder / "tensorboard", steps_before=self.begun.step)]
         if self.job.wandb is not None:
             sinks.append(WandbRun(self.job.wandb, folder=self.folder, config=self.job.facts()))
         return sinks

@@ -33,14 +33,14 @@ class EventFile:
     A TFRecord file (length, its CRC, data, its CRC) of Event messages: tensorflow/core/util/event.proto.
     """
 
-    def __init__(self, folder: Path, *, purge_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, steps_before: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._table = _crc_table()
         name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}"
         self._file = (folder / name).open("wb", buffering=0)
         self._record(_field(3, b"brain.Event:2"))
-        if purge_step:  # what was told of these steps before the run was resumed is done again
-            self._record(_field(2, purge_step) + _field(7, _field(1, 1)))
+        if steps_before:  # what was told of later steps is done again
+            self._record(_field(2, steps_before + 1) + _field(7, _field(1, 1)))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take the numbers of step `step`."""
