@@ -117,7 +117,8 @@ def test_the_files_that_are_promised(desk: Path) -> None:
     for name in (
         "trace/rank0.et", "trace/rank1.et", "trace/rank0.device.json", "trace/rank0.host.json", "trace/rank0.ops.txt",
         "trace/rank0.stacks.txt", "checkpoints/initial_model/config.json", "checkpoints/checkpoint-3/model.safetensors",
-        "checkpoints/checkpoint-3/training_info.json", "logs/rank0.jsonl", "logs/rank1.jsonl", "metrics.jsonl",
+        "checkpoints/checkpoint-3/training_info.json", "checkpoints/best_model/model.safetensors",
+        "logs/rank0.jsonl", "logs/rank1.jsonl", "metrics.jsonl",
         "run.json",
     ):  # fmt: skip
         assert (run / name).is_file(), name
