@@ -125,3 +125,5 @@ def test_the_files_that_are_promised(desk: Path) -> None:
     assert (desk / "moved" / "steps" / "decode" / "rank1.et").is_file()
     assert list((desk / "moved" / "steps").rglob("*.svg"))
     assert (desk / "moved" / "served" / "config.json").is_file()
+    for name in ("trace_graph.png", "trace_graph.json", "comm_graph.png", "trace_chakra.json"):
+        assert (desk / "moved" / "synth" / f"tensor_{name}").is_file(), name

@@ -46,7 +46,7 @@ OPTIONS = {
     "parallelize": ["--certify", "--dtype", "--explain", "--gradient-accumulation", "--layers", "--model",
                     "--objective", "--out", "--plan", "--schedule", "--styles", "--virtual-stages"],
     "synth": ["--gradient-accumulation", "--json", "--micro-batch", "--model", "--objective", "--out", "--plan",
-              "--schedule", "--seq-length", "--virtual-stages"],
+              "--schedule", "--seq-length", "--virtual-stages", "--visualize-trace"],
     "check": ["--json", "--strict"],
     "convert": ["--passes", "--plan", "--schema"],
     "info": ["--json"],
@@ -57,8 +57,12 @@ OPTIONS = {
                "--pareto", "--seq-length", "--stack"],
     "calibrate": ["--device", "--here", "--name", "--out"],
     "export": ["--cluster", "--out", "--quantize", "--to"],
-    "graph": ["--depth", "--out", "--rank"],
-    "report": [],
+    "view graph": ["--collapse", "--comm", "--depth", "--format", "--layers", "--out", "--phase", "--rank"],
+    "view timeline": ["--format", "--out"],
+    "stats": ["--json", "--stacks", "--times", "--top"],
+    "diff": ["--html", "--json", "--top"],
+    "report": ["--cluster", "--open", "--out"],
+    "serve": ["--open", "--port"],
 }  # fmt: skip
 
 
@@ -88,7 +92,10 @@ def test_help_and_reading_a_trace_import_no_torch(demo_run: Path) -> None:
     program = """
 import sys
 from meshloom.cli.__main__ import _run
-for arguments in (["--help"], ["check", sys.argv[1]], ["simulate", sys.argv[1]], ["report", sys.argv[1]], ["runs"]):
+run = sys.argv[1]
+for arguments in (["--help"], ["runs"], ["check", run], ["simulate", run], ["report", run], ["stats", run],
+                  ["diff", run], ["view", "graph", run, "--out", run + "/other.svg"],
+                  ["view", "timeline", run]):
     assert _run(arguments) == 0
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """

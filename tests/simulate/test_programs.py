@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from meshloom.capture.convert import convert_rank
+from meshloom.chakra.clocks import offsets_ns, span_ns
 from meshloom.chakra.file import read_all
 from meshloom.chakra.trace import Node, NodeType, Trace
 from meshloom.errors import SimulationError, UsageError
@@ -16,7 +17,6 @@ from meshloom.hardware.cluster import load_cluster
 from meshloom.hardware.device import load_device
 from meshloom.plan import Plan
 from meshloom.simulate.change import Change
-from meshloom.simulate.clocks import offsets_ns, span_ns
 from meshloom.simulate.engine import play, simulate
 from meshloom.simulate.imagined import imagine, simulate_job
 from meshloom.simulate.program import program_of

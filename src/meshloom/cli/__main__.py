@@ -37,8 +37,11 @@ COMMANDS = {
     "advise": "Search the best plan of a model on a cluster.",
     "calibrate": "Write a device file from recorded traces, or from kernels timed here.",
     "export": "Write a folder that others run: traces for a simulator, a model to serve.",
-    "graph": "Draw a step as a graph (SVG).",
+    "view": "Draw a step as a graph, or as a timeline for Perfetto.",
+    "stats": "Say where a step's time went: top ops, exposed communication, idle.",
+    "diff": "Compare two traces, or measured with predicted.",
     "report": "Write one HTML page about a run.",
+    "serve": "Show all runs of a folder in the browser.",
 }
 
 

@@ -11,8 +11,8 @@ from meshloom.chakra.check import check
 from meshloom.chakra.file import read_all
 from meshloom.cli import synth as synth_command
 from meshloom.cli import train as train_command
-from meshloom.cli.graph import draw_to
 from meshloom.cli.simulate import predict, sentence
+from meshloom.cli.view import draw_to
 from meshloom.errors import RunFailed
 from meshloom.view.report import report
 

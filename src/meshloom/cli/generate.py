@@ -73,7 +73,7 @@ _TRACED = 2  # the decode step that is recorded: not the first, which makes what
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--no-cuda-graph", is_flag=True, help="On a GPU: launch each kernel of a decode step by itself.")
 @click.option("--trace", help="A new folder: record the prefill and one decode step on each rank as Chakra traces.")
-@click.option("--visualize-trace", is_flag=True, help="With --trace: draw both steps (SVG).")
+@click.option("--visualize-trace", is_flag=True, help="With --trace: draw both, tensor_trace_graph.png and three more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
 def command(**options: Any) -> None:
     """Continue prompts with a model on a plan of ranks; text comes as it is made.
@@ -296,7 +296,7 @@ def _recorder(folder: Path, plan: Plan, model_name: str) -> Any:
 
 def _traces(folder: Path, *, draw: bool) -> dict[str, Any]:
     """The traces that were left, what is wrong in them, and their pictures."""
-    from meshloom.cli.graph import draw_to
+    from meshloom.view.graph_files import visualize_trace
 
     found: dict[str, Any] = {"traces": [], "faults": [], "pictures": []}
     for name in ("prefill", "decode"):
@@ -304,7 +304,7 @@ def _traces(folder: Path, *, draw: bool) -> dict[str, Any]:
         found["traces"] += [str(path) for path in sorted((folder / name).glob("*.et"))]
         found["faults"] += [str(fault) for fault in check(traces)]
         if draw:
-            found["pictures"].append(str(draw_to(traces[0], folder / f"{name}.svg")))
+            found["pictures"] += [str(path) for path in visualize_trace(traces[0], folder / name)]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from meshloom.chakra.file import write
+from meshloom.chakra.file import read, write
 from meshloom.errors import FolderError
 from meshloom.plan import Plan
 
@@ -36,8 +36,9 @@ from meshloom.plan import Plan
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
 @click.option("--out", required=True, help="The folder for rank<r>.et, new or empty.")
+@click.option("--visualize-trace", is_flag=True, help="Draw rank 0: tensor_trace_graph.png and .json, and two more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(as_json: bool, **options: Any) -> None:
+def command(as_json: bool, visualize_trace: bool, **options: Any) -> None:
     """Synthesise the traces of a training step on ranks that you do not have: no processes, no memory, no GPU.
 
     \b
@@ -45,12 +46,18 @@ def command(as_json: bool, **options: Any) -> None:
       meshloom synth --model gpt2 --plan tp2.dp4 --seq-length 1024 --out synth.gpt2
     """
     files, num_nodes = synth(**options)
-    result = {"folder": options["out"], "num_ranks": len(files), "nodes_per_rank": num_nodes}
+    result: dict[str, Any] = {"folder": options["out"], "num_ranks": len(files), "nodes_per_rank": num_nodes}
+    if visualize_trace:
+        from meshloom.view.graph_files import visualize_trace as draw
+
+        result["pictures"] = [str(path) for path in draw(read(files[0]), Path(options["out"]))]
     click.echo(
         json.dumps(result)
         if as_json
         else f"{len(files)} traces of {num_nodes:,} nodes each: {files[0]} … {files[-1].name}"
     )
+    for path in () if as_json else result.get("pictures", ()):
+        click.echo(path)
 
 
 def synth(

@@ -32,7 +32,22 @@ def build_model(config: Any, objective: Objective, *, seed: int, device: torch.d
         raise ModelError(
             f"{config.model_type}: transformers cannot build the model: {str(error).splitlines()[0]}"
         ) from error
+    return ask_no_padding(model)
+
+
+def ask_no_padding(model: nn.Module) -> nn.Module:
+    """Let the model's parts no longer read ids from the device at every step, only to warn of padding without a mask.
+
+    Padding is told by our masks; and tensors without data have nothing to read. Returns the model.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "warn_if_padding_and_no_attention_mask"):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = _no_warning
     return model
+
+
+def _no_warning(*args: Any, **kwargs: Any) -> None:
+    """Say nothing."""
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 from transformers.generation.utils import GenerationMixin
 
 from meshloom.errors import ModelError
+from meshloom.model.build import ask_no_padding
 from meshloom.model.weights import inner_model
 
 
@@ -165,9 +166,7 @@ def make_cache(
         raise ModelError(
             f"{type(inner).__name__}: expected a forward that takes past_key_values, to generate with a cache"
         )
-    for module in inner.modules():  # it would read ids from the device at every step, only to warn of padding
-        if hasattr(type(module), "warn_if_padding_and_no_attention_mask"):
-            vars(module)["warn_if_padding_and_no_attention_mask"] = _no_warning
+    ask_no_padding(inner)
     clock = _Clock()
     past = DynamicCache(config=inner.config)
     past.layers = [_Filled(clock, max_length) if type(layer) is DynamicLayer else layer for layer in past.layers]
@@ -200,10 +199,6 @@ def make_cache(
         constant=constant,
         fixed=steady,
     )
-
-
-def _no_warning(*args: Any, **kwargs: Any) -> None:
-    """Padding is told by our masks."""
 
 
 def _takes_attention_masks(model: Any, past: Any) -> bool:

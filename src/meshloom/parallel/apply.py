@@ -152,7 +152,8 @@ def parallelize(
     layers = find_layers(model)
     recompute(model, layers, plan.recompute)
     if compiled:  # after recompute, which the compiler so sees
-        compile_layers(model, layers)
+        # stages are looked for on meta tensors, into which forwards without a cache look
+        compile_layers(model, layers, keep_cache=stages is not None)
     if stages is None:
         return model
     return Pipeline(model, mesh=mesh, stages=stages, answers=found.answers)

@@ -13,12 +13,13 @@ from meshloom.errors import UsageError
 from meshloom.parallel.recompute import without_cache
 
 
-def compile_layers(model: nn.Module, layers: Sequence[str]) -> None:
+def compile_layers(model: nn.Module, layers: Sequence[str], *, keep_cache: bool = False) -> None:
     """Let torch.compile make kernels of the forward of `layers`, by path, when they first run.
 
     Parameters become inputs of what is compiled, so that one kernel serves all layers of a kind.
     """
-    without_cache(model)
+    if not keep_cache:
+        without_cache(model)
     for path in layers:
         layer: Any = model.get_submodule(path)
         layer.forward = _Compiled(layer.forward)

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from meshloom.chakra.clocks import offsets_ns
 from meshloom.chakra.trace import CommType, Node, NodeType, Trace
 from meshloom.errors import SimulationError
 from meshloom.hardware.cluster import Cluster
-from meshloom.simulate.clocks import offsets_ns
 from meshloom.simulate.compute import duration_ns
 from meshloom.simulate.network import collective_ns, message_ns
 

@@ -1,244 +1,271 @@
-"""One self-contained HTML page about a run folder. No network, no torch.
+"""One self-contained HTML page about a run folder, a trace, or two of them. No network, no torch.
 
-A trace is untrusted input: everything that comes from a file is escaped.
+The page is data (JSON) and the scripts below `page/`, which make text nodes of whatever came from a file: a trace is
+untrusted input. Its Content-Security-Policy forbids every connection.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from meshloom.chakra import timeline as timeline_file
-from meshloom.chakra.check import Finding, check
-from meshloom.chakra.file import read_all, whole_file
-from meshloom.chakra.timeline import Span, Timeline
-from meshloom.chakra.trace import Trace
-from meshloom.errors import FolderError, TraceError
-from meshloom.view.graph import summary
+from meshloom.chakra.file import whole_file
+from meshloom.errors import PlanError
+from meshloom.plan import Plan
+from meshloom.view.graph import clean
+from meshloom.view.pack import pack
+from meshloom.view.path import critical_path, memory_curve, path_parts, roofline, roofs_of
+from meshloom.view.scene import Event, Folder, Scene, folder
+from meshloom.view.stats import OpRow, collectives, layers, matrix, modules, ops, shares, steps_of
 
-_ROWS = 30  # rows of a table of ops
-_PIXELS = 1040  # width of a timeline; what is narrower than a pixel is drawn together with its neighbours
+_FINDINGS = 200
+_PATH_ROWS = 3000
+_MATRIX_RANKS = 512  # more are a table of pairs only
+_SCRIPTS = ("vendor/uplot.js", "words.js", "table.js", "timeline.js", "charts.js", "main.js")
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chapter:
-    """A set of traces, with its timeline where there is one."""
-
-    title: str
-    traces: dict[int, Trace]
-    timeline: Timeline | None
-    findings: list[Finding]
+Table = dict[str, Any]
 
 
-def report(folder: str | Path) -> Path:
-    """Write `report.html` into the run folder and return its path; raises FolderError if there is nothing to tell."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FolderError(f"{folder}: expected a run folder, there is none")
-    run, steps, chapters = _read_json(folder / "run.json"), _read_steps(folder / "metrics.jsonl"), _chapters(folder)
-    if not chapters and not steps:
-        raise FolderError(f"{folder}: expected trace/rank<r>.et or metrics.jsonl, found neither")
-    path = folder / "report.html"
-    with whole_file(path) as file:
-        file.write(_page(folder.name, run, steps, chapters).encode())
+def report(where: str | Path, *, out: str | Path | None = None, cluster: str | None = None) -> Path:
+    """Write the page about a run folder, a trace folder or a trace, and return its path (by default `report.html` in
+    the folder); raises FolderError if there is nothing to tell."""
+    shown = folder(where, cluster=cluster)
+    place = Path(where) if Path(where).is_dir() else Path(where).parent
+    path = Path(out) if out is not None else place / "report.html"
+    return _write(page(report_data(shown)), path)
+
+
+def diff_page(told: dict[str, Any], path: Path) -> Path:
+    """Write the page about what `diff` found and return its path; raises FolderError."""
+    return _write(page(diff_data(told)), path)
+
+
+def diff_data(told: dict[str, Any]) -> dict[str, Any]:
+    """What `diff` found as the page shows it."""
+    heads = [("change", "word"), ("name", "text"), ("module", "text"), ("phase", "text"), ("A ×", "number"),
+             ("B ×", "number"), ("A", "ns"), ("B", "ns"), ("difference", "ns")]  # fmt: skip
+    data: dict[str, Any] = {"kind": "diff", "name": f"{told['a']['name']} – {told['b']['name']}"}
+    for name in ("ops", "collectives"):
+        rows = [
+            [row["change"], row["name"], row["module"], row["phase"], row["count_a"], row["count_b"], row["time_a_ns"],
+             row["time_b_ns"], row["time_b_ns"] - row["time_a_ns"]]
+            for row in told[name]
+        ]  # fmt: skip
+        data[name] = _table(heads, rows)
+    return {**data, "a": told["a"], "b": told["b"]}
+
+
+def _write(text: str, path: Path) -> Path:
+    body = text.encode("utf-8", errors="replace")
+    with whole_file(path, num_bytes=len(body)) as file:
+        file.write(body)
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError as error:
-        raise FolderError(f"{path}: expected JSON, got '{error}'") from error
+def page(data: dict[str, Any]) -> str:
+    """The page as text: style, scripts and data in one file."""
+    room = resources.files("meshloom.view") / "page"
 
+    def part(name: str) -> str:
+        return room.joinpath(*name.split("/")).read_text(encoding="utf-8")
 
-def _read_steps(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise FolderError(f"{path}: expected one JSON object a line, got '{error}'") from error
-
-
-def _chapters(folder: Path) -> list[Chapter]:
-    chapters = []
-    for where, title in ((folder, "Captured"), *((sub, "Synthesised") for sub in sorted(folder.glob("synth.*")))):
-        try:
-            traces = read_all(where)
-        except TraceError:
-            if where is folder and not any((folder / "trace").glob("*.et*")):
-                continue
-            raise
-        file = where / "timeline.json"
-        plan = next(iter(traces.values())).get("plan", "")
-        chapters.append(
-            Chapter(
-                title=f"{title}: {plan or where.name}",
-                traces=traces,
-                findings=check(traces),
-                timeline=timeline_file.read(file) if file.is_file() else None,
-            )
-        )
-    return chapters
-
-
-def _page(name: str, run: dict[str, Any], steps: list[dict[str, Any]], chapters: list[Chapter]) -> str:
-    room = resources.files("meshloom.view")
-    style, script = (room.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    command = run.get("command", {})
-    named = {key: command[key] for key in ("model", "plan", "data", "seq_length", "batch_size") if key in command}
-    facts = [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in named.items()]
-    body = [f"<h1>{escape(name)}</h1>", f"<p>{escape(', '.join(facts))}</p>", _cards(run, steps, chapters)]
-    if steps:
-        body += ["<h3>Loss</h3>", _loss_curve([float(step["loss"]) for step in steps])]
-    for chapter in chapters:
-        body.append(_chapter(chapter))
+    style = part("vendor/uplot.css") + part("page.css")
+    licence = part("vendor/uplot.LICENSE").replace("--", "- -")
+    # "<" never stands in the data: no name can end the script element
+    body = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width, initial-scale=1"><title>{escape(name)}</title><style>{style}</style></head>'
-        f"<body><main>{''.join(body)}</main><script>{script}</script></body></html>"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(clean(data["name"]))}'
+        f"</title><style>{style}</style></head><body><div id=page></div><noscript>This page needs JavaScript; "
+        "<code>meshloom stats</code> tells the same in a terminal.</noscript>"
+        f'<script type="application/json" id="data">{body}</script>'
+        f"<!-- uPlot:\n{licence}-->\n"
+        f"<script>(() => {{\n{chr(10).join(part(name) for name in _SCRIPTS)}\n}})();</script></body></html>\n"
     )
 
 
-def _cards(run: dict[str, Any], steps: list[dict[str, Any]], chapters: list[Chapter]) -> str:
-    cards = [("state", str(run["state"]))] if "state" in run else []
-    if steps:
-        speeds = sorted(step["tokens_per_second"] for step in steps if not step.get("recorded"))
-        cards += [("steps", str(len(steps))), ("loss", f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}")]
-        cards += [("tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}")] if speeds else []
-    for chapter in chapters:
-        if chapter.timeline is not None:
-            cards.append((f"{chapter.title}, predicted step", f"{chapter.timeline.makespan_ns / 1e6:.3f} ms"))
-    inner = "".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in cards
-    )
-    return f'<div class="cards">{inner}</div>'
+def report_data(shown: Folder) -> dict[str, Any]:
+    """Everything that the page shows, as plain data."""
+    command = shown.run.get("command", {}) if isinstance(shown.run.get("command"), dict) else {}
+    run = {"state": shown.run.get("state"), "model": command.get("model"), "plan": command.get("plan"),
+           "on_device": command.get("device") not in (None, "cpu")}  # fmt: skip
+    keys = ("step", "loss", "tokens_per_second", "memory_bytes", "duration_ns", "recorded")
+    steps = [{key: step.get(key) for key in keys} for step in shown.steps if _number(step.get("loss"))]
+    return {"kind": "report", "name": clean(shown.name), "run": run, "steps": steps,
+            "scenes": [scene_data(scene) for scene in shown.scenes]}  # fmt: skip
 
 
-def _loss_curve(losses: Sequence[float]) -> str:
-    low, high = min(losses), max(losses)
-    spread = (high - low) or 1.0
-    points = " ".join(
-        f"{40 + 980 * index / max(1, len(losses) - 1):.1f},{10 + 120 * (high - loss) / spread:.1f}"
-        for index, loss in enumerate(losses)
-    )
-    return (
-        f'<svg viewBox="0 0 1040 150" role="img" aria-label="loss from {losses[0]:.3f} to {losses[-1]:.3f}">'
-        f'<text x="0" y="16">{high:.2f}</text><text x="0" y="134">{low:.2f}</text>'
-        f'<polyline points="{points}" fill="none" stroke="var(--compute)" stroke-width="2"/></svg>'
-    )
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
 
 
-def _chapter(chapter: Chapter) -> str:
-    num_nodes = sum(len(trace.nodes) for trace in chapter.traces.values())
-    parts = [
-        f"<h2>{escape(chapter.title)}</h2>",
-        f"<p>{len(chapter.traces)} ranks, {num_nodes:,} nodes</p>",
-        _faults(chapter.findings),
-    ]
-    if chapter.timeline is not None:
-        parts += [
-            f"<h3>Predicted on {escape(chapter.timeline.cluster)}</h3>",
-            _timeline(chapter.timeline),
-            _share_table(chapter.timeline),
-            f"<h3>Ops by predicted time, rank {chapter.timeline.ranks()[0]}</h3>",
-            _op_table(chapter.timeline),
+def scene_data(scene: Scene) -> dict[str, Any]:
+    """One scene as plain data."""
+    first = next(iter(scene.sources), None)
+    by_source = {source: scene.events(source) for source in scene.sources}
+    events = by_source[first] if first else scene.events()
+    faults = [(finding.rank, finding.node) for finding in scene.findings if finding.node is not None]
+    path = critical_path(scene, events) if first else []
+    told = {source: shares(each) for source, each in by_source.items()}
+    cluster = scene.cluster
+    facts = {"model": scene.fact("model"), "plan": scene.fact("plan"), "ranks": scene.num_ranks,
+             "nodes": f"{sum(map(len, scene.nodes.values())):,}",
+             "cluster": cluster.name if cluster else scene.predicted.cluster if scene.predicted else None}  # fmt: skip
+    return {
+        "name": clean(scene.name),
+        "facts": {name: clean(value) if isinstance(value, str) else value for name, value in facts.items()},
+        "steps": {source: steps_of(scene, source) for source in scene.sources},
+        "findings": {"total": len(scene.findings), "shown": [clean(str(each)) for each in scene.findings[:_FINDINGS]]},
+        "timeline": pack(scene.tracks, faults=faults, path=path, path_source=first) if first else None,
+        "shares": {
+            source: [
+                {"rank": row.rank, "compute": row.compute_ns / max(1, whole), "exposed": row.exposed_ns / max(1, whole),
+                 "idle": row.idle_ns / max(1, whole), "gaps": row.num_gaps}
+                for row in rows
+            ]
+            for source, (whole, rows, _) in told.items()
+        },
+        "gaps": _table(
+            [("rank", "int"), ("start", "ns"), ("duration", "ns"), ("before", "text")],
+            [[gap.rank, gap.start_ns, gap.duration_ns, clean(gap.before)] for gap in told[first][2]] if first else [],
+        ),
+        "compare": _compare(by_source),
+        "ops": _op_table(ops(events), kinds=True),
+        "modules": _op_table(modules(events)),
+        "layers": _op_table(layers(events)),
+        "collectives": _collective_table(events),
+        "matrix": _matrix(scene),
+        "memory": _memory(scene, events),
+        "roofline": _roofline(scene, by_source),
+        "path": _path(path) if path else None,
+        "grid": _grid(scene),
+    }  # fmt: skip
+
+
+def _table(heads: Sequence[tuple[str, str]], rows: list[list[Any]], sort: int = -1) -> Table:
+    return {"columns": [{"title": title, "type": kind} for title, kind in heads], "rows": rows, "sort": sort}
+
+
+def _op_table(rows: list[OpRow], *, kinds: bool = False) -> Table:
+    whole = max(1, sum(row.time_ns for row in rows))
+    heads = [("name", "text"), ("kind", "word"), ("phase", "word"), ("count", "int"), ("time", "ns"),
+             ("share", "share"), ("FLOP", "flops"), ("bytes", "bytes")]  # fmt: skip
+    cells = [
+        [
+            clean(row.name),
+            row.kind,
+            clean(row.phase),
+            row.num_events,
+            row.time_ns,
+            row.time_ns / whole,
+            row.flops,
+            row.num_bytes,
         ]
-    trace = next(iter(chapter.traces.values()))
-    rows = [(name, row["count"], row["bytes"]) for name, row in summary(trace).items()]
-    parts += [f"<h3>Communication, rank {trace.rank}</h3>", _table(("what", "count", "bytes"), rows)]
-    return "".join(parts)
-
-
-def _faults(findings: list[Finding]) -> str:
-    if not findings:
-        return "<p>No fault found: ids, dependencies, cycles, and collectives across ranks.</p>"
-    items = "".join(f'<li class="bad">{escape(str(finding))}</li>' for finding in findings[:50])
-    return f"<p class=bad>{len(findings)} faults</p><ul>{items}</ul>"
-
-
-def _timeline(timeline: Timeline) -> str:
-    ranks = timeline.ranks()
-    scale = _PIXELS / max(1, timeline.makespan_ns)
-    height = 44 * len(ranks) + 24
-    parts = []
-    for row, rank in enumerate(ranks):
-        y = 44 * row
-        parts.append(f'<text x="0" y="{y + 22}">rank {rank}</text>')
-        for track, offset, colour in (("compute", 4, "--compute"), ("communication", 22, "--comm")):
-            parts.append(f'<rect x="60" y="{y + offset}" width="{_PIXELS}" height="16" fill="var(--track)"/>')
-            spans = [span for span in timeline.spans if span.rank == rank and span.track == track]
-            path = "".join(
-                f"M{60 + begin:.2f} {y + offset}h{max(0.3, end - begin):.2f}v16H{60 + begin:.2f}z"
-                for begin, end in _merged(spans, scale)
-            )
-            parts.append(f'<path d="{path}" fill="var({colour})"/>')
-    parts.append(
-        f'<text x="60" y="{height - 6}">0</text><text x="{60 + _PIXELS}" y="{height - 6}" '
-        f'text-anchor="end">{timeline.makespan_ns / 1e6:.3f} ms</text>'
-    )
-    legend = "".join(
-        f'<span><i style="background:var({colour})"></i>{text}</span>'
-        for colour, text in (("--compute", "compute"), ("--comm", "communication"))
-    )
-    return (
-        f'<div class="legend">{legend}</div><div class="wide"><svg viewBox="0 0 {_PIXELS + 64} {height}" '
-        f'role="img" aria-label="timeline of {len(ranks)} ranks">{"".join(parts)}</svg></div>'
-    )
-
-
-def _merged(spans: Iterable[Span], scale: float) -> list[tuple[float, float]]:
-    """Pixel intervals of the spans; those closer than a quarter of a pixel become one."""
-    merged: list[tuple[float, float]] = []
-    for span in sorted(spans, key=lambda span: span.start_ns):
-        begin, end = span.start_ns * scale, span.end_ns * scale
-        if merged and begin - merged[-1][1] < 0.25:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def _share_table(timeline: Timeline) -> str:
-    whole = max(1, timeline.makespan_ns)
-    rows = [
-        (
-            f"rank {share.rank}",
-            *(
-                f"{part / whole:.1%}"
-                for part in (share.compute_ns, share.exposed_communication_ns, share.idle_ns, share.communication_ns)
-            ),
-        )
-        for share in timeline.shares()
+        for row in rows
     ]
-    return _table(("rank", "compute", "exposed communication", "idle", "communication, overlapped or not"), rows)
+    if kinds:
+        return _table(heads, cells, 4)
+    return _table([heads[0], *heads[2:]], [[cell[0], *cell[2:]] for cell in cells], 3)
 
 
-def _op_table(timeline: Timeline) -> str:
-    first = timeline.ranks()[0]
-    table: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for span in timeline.spans:
-        if span.rank == first:
-            row = table[span.name, span.phase]
-            row[0] += 1
-            row[1] += span.duration_ns
-    rows = sorted(
-        ((name, phase, count, time) for (name, phase), (count, time) in table.items()), key=lambda row: -row[3]
+def _collective_table(events: list[Event]) -> Table:
+    heads = [("kind", "text"), ("axis", "text"), ("ranks", "int"), ("size", "bytes"), ("count", "int"), ("time", "ns"),
+             ("fastest", "ns"), ("bus", "bus")]  # fmt: skip
+    return _table(heads, [list(row) for row in collectives(events)], 5)
+
+
+def _compare(by_source: dict[Any, list[Event]]) -> Table | None:
+    """Measured beside predicted, by op and phase; None unless there are both."""
+    if len(by_source) < 2:
+        return None
+    table: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
+    counts: dict[tuple[str, str, str], int] = {}
+    for source, events in by_source.items():
+        for row in ops(events):
+            key = row.name, row.kind, row.phase
+            table[key][source] = row.time_ns
+            counts[key] = row.num_events
+    rows: list[list[Any]] = [
+        [clean(name), kind, clean(phase), counts[name, kind, phase], times.get("measured"), times.get("predicted"),
+         times["predicted"] / times["measured"] - 1 if times.get("measured") and "predicted" in times else None]
+        for (name, kind, phase), times in table.items()
+    ]  # fmt: skip
+    rows.sort(key=lambda row: -(row[4] or 0))
+    heads = [("name", "text"), ("kind", "word"), ("phase", "word"), ("count", "int"), ("measured", "ns"),
+             ("predicted", "ns"), ("difference", "share")]  # fmt: skip
+    return _table(heads, rows, 4)
+
+
+def _matrix(scene: Scene) -> dict[str, Any] | None:
+    ranks, table = matrix(scene)
+    pairs = [[one, other, size] for one, row in zip(ranks, table) for other, size in zip(ranks, row) if size]
+    if not pairs:
+        return None
+    pairs.sort(key=lambda pair: -pair[2])
+    small = len(ranks) <= _MATRIX_RANKS
+    return {"ranks": ranks if small else [], "table": table if small else [],
+            "pairs": _table([("from", "int"), ("to", "int"), ("bytes", "bytes")], pairs[:5000], 2)}  # fmt: skip
+
+
+def _memory(scene: Scene, events: list[Event]) -> dict[str, Any]:
+    first = min(scene.traces, default=0)
+    curve = memory_curve([event for event in events if event.rank == first])
+    return {"rank": first, "times": [when for when, _ in curve], "values": [value for _, value in curve],
+            "capacity": scene.cluster.device.memory_bytes if scene.cluster else None}  # fmt: skip
+
+
+def _roofline(scene: Scene, by_source: dict[Any, list[Event]]) -> dict[str, Any] | None:
+    """Ops against the device's peaks: as measured on a device, else as predicted; a host's times say nothing of it."""
+    on_device = any(event.node.get("stream") is not None for event in by_source.get("measured", ()))
+    source = next(
+        (each for each in (["measured"] if on_device else []) + ["predicted", "measured"] if each in by_source), None
     )
-    return _table(("op", "phase", "count", "total ns"), rows[:_ROWS])
+    if source is None:
+        return None
+    roofs = roofs_of(scene.cluster.device) if scene.cluster and (on_device or source == "predicted") else None
+    points = [roof._asdict() for roof in roofline(by_source[source])][:400]
+    return {"points": points, "roofs": roofs, "times": source}
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    def cell(value: Any) -> str:
-        text = f"{value:,}" if isinstance(value, int) else escape(str(value))
-        raw = value.rstrip("%") if isinstance(value, str) and value.endswith("%") else value
-        return f'<td data-value="{escape(str(raw))}">{text}</td>'
+def _path(path: list[Any]) -> dict[str, Any]:
+    rows = [
+        [clean(link.event.node.name), clean(str(link.event.node.get("module", ""))), link.event.rank,
+         link.event.start_ns, link.event.duration_ns, link.waited_ns]
+        for link in path[:_PATH_ROWS]
+    ]  # fmt: skip
+    heads = [("name", "text"), ("module", "text"), ("rank", "int"), ("start", "ns"), ("duration", "ns"),
+             ("waiting", "ns")]  # fmt: skip
+    return {"parts": path_parts(path), "rows": _table(heads, rows, 4)}
 
-    heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in head)
-    body = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+def _grid(scene: Scene) -> dict[str, Any] | None:
+    """The plan as pipeline stages of groups (dp) of devices (cp, tp), each with its rank."""
+    world = max([int(scene.fact("world_size") or 0), *(rank + 1 for rank in scene.traces)])
+    try:
+        plan = Plan.parse(str(scene.fact("plan")))
+    except PlanError:
+        plan = Plan(dp=world)
+    if plan.world_size != world or world > 4096:
+        return None
+    per_host = scene.cluster.devices_per_host if scene.cluster else 8
+
+    def device(rank: int) -> dict[str, Any]:
+        where = " ".join(f"{axis} {index}" for axis, index in plan.coordinate(rank).items() if plan.degrees[axis] > 1)
+        title = f"rank {rank}: {where or 'alone'}; host {rank // per_host}, device {rank % per_host}"
+        return {"rank": rank, "traced": rank in scene.traces, "title": title}
+
+    stages = [
+        [
+            [device(plan.rank(pp=pp, dp=dp, cp=cp, tp=tp)) for cp in range(plan.cp) for tp in range(plan.tp)]
+            for dp in range(plan.dp)
+        ]
+        for pp in range(plan.pp)
+    ]
+    return {"stages": stages}
