@@ -20,6 +20,7 @@ from meshloom.chakra.trace import CommType, Node, NodeType, Trace
 from meshloom.chakra.wire import StoredNodes
 
 Lane = Hashable
+_FIRST_GROUP = 1_000_000_000  # readers hold it in 31 bits
 
 
 class Region(NamedTuple):
@@ -33,11 +34,12 @@ class Region(NamedTuple):
 def group_id(ranks: Sequence[int], world_size: int) -> str:
     """The `pg_name` of the group of `ranks`: 1 for the world, else an integer that every rank derives alike.
 
-    A checksum needs no agreement between ranks; two groups that share one are found by `check`.
+    A checksum needs no agreement between ranks; two groups that share one are found by `check`. All but the world's
+    have ten digits, so that the files of ranks which run the same thing have one length.
     """
     if len(ranks) == world_size:
         return "1"
-    return str(2 + crc32(",".join(map(str, ranks)).encode()) % ((1 << 31) - 3))
+    return str(_FIRST_GROUP + crc32(",".join(map(str, ranks)).encode()) % ((1 << 31) - _FIRST_GROUP))
 
 
 class TraceBuilder:

@@ -10,7 +10,7 @@ import gc
 import gzip
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from meshloom.chakra import et_def_pb2 as _generated
 from meshloom.chakra.attribute import AttributeDecoder, AttributeEncoder, varint
 from meshloom.chakra.old import is_old, read_old
-from meshloom.chakra.trace import Trace
+from meshloom.chakra.trace import SCHEMA_VERSION, Trace
 from meshloom.chakra.wire import StoredNodes, decode_node, frames, whole_frames
 from meshloom.errors import FolderError, TraceError
 
@@ -76,8 +76,7 @@ def paused_collection() -> Iterator[None]:
 def write(trace: Trace, path: str | Path) -> Path:
     """Write `trace` to `path` (gzip if it ends in .gz) and return the path; raises FolderError."""
     path = Path(path)
-    body, nodes = _encode_meta(trace), StoredNodes.of(trace.nodes).framed()
-    meta = varint(len(body)) + body
+    meta, nodes = encode_facts(trace.attrs, trace.version), StoredNodes.of(trace.nodes).framed()
     with whole_file(path, num_bytes=len(meta) + nodes.nbytes) as file:
         # mtime=0: the same trace gives the same bytes
         stream: Any = gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") if path.suffix == ".gz" else file
@@ -86,6 +85,12 @@ def write(trace: Trace, path: str | Path) -> Path:
         if stream is not file:
             stream.close()
     return path
+
+
+def encode_facts(facts: Mapping[str, Any], version: str = SCHEMA_VERSION) -> bytes:
+    """What a file begins with: the first message, after its length."""
+    body = _encode_meta(Trace(nodes=[], attrs=dict(facts), version=version))
+    return varint(len(body)) + body
 
 
 def read(path: str | Path) -> Trace:

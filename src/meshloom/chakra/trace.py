@@ -106,6 +106,8 @@ ATTRIBUTES: dict[str, Attribute] = {
     "comm_axis": _one("string", "", "the axis of the plan along which the group lies"),
     "thread": _one("int64", "", "host thread"),
     "stream": _one("int64", "", "device stream"),
+    "memory_allocated": _one("int64", "byte", "bytes of the storages that the op allocates"),
+    "memory_released": _one("int64", "byte", "bytes of the storages that nobody holds once the op is over"),
     "rf_id": _one("uint64", "", "PyTorch's record-function id, which its host and device files share"),
     "scope": _one("bool", "", "true on a node that only encloses others: its duration is its own part"),
     # of the file as a whole
@@ -118,6 +120,9 @@ ATTRIBUTES: dict[str, Attribute] = {
     "step": _one("int64", "", "which step was recorded, counted from 0"),
     "step_start_ns": _one("int64", "ns", "start of the recorded step, on the clock of start_ns"),
     "step_duration_ns": _one("int64", "ns", "measured length of the recorded step"),
+    "role_size": _one("int64", "rank", "of how many ranks this trace is that of the first, where others are left out"),
+    "memory_held": _one("int64", "byte", "bytes that live before the step: weights, optimizer states, batches"),
+    "memory_peak": _one("int64", "byte", "the most bytes that live at one time during the step, those included"),
     "meshloom_version": _one("string", "", "the version of Meshloom that wrote the file"),
 }
 

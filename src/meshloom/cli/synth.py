@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from meshloom.chakra.file import read, write
-from meshloom.errors import FolderError
+from meshloom.chakra.file import read
+from meshloom.errors import PlanError, UsageError
 from meshloom.plan import Plan
 
 
@@ -22,9 +23,8 @@ from meshloom.plan import Plan
 )
 @click.option("--plan", required=True, help="How the work is cut, such as tp2.dp4.")
 @click.option("--micro-batch", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")
-@click.option(
-    "--gradient-accumulation", default=1, show_default=True, type=click.IntRange(1), help="Micro-batches a step."
-)
+@click.option("--gradient-accumulation", type=click.IntRange(1), help="Micro-batches a step.  [default: 1]")
+@click.option("--global-batch", type=click.IntRange(1), help="Sequences a step of all ranks, instead of the above.")
 @click.option(
     "--schedule",
     type=click.Choice(["gpipe", "1f1b", "interleaved", "zero-bubble"]),
@@ -34,60 +34,139 @@ from meshloom.plan import Plan
 )
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]),
+              help="What the forward computes in; weights and optimizer stay fp32.")  # fmt: skip
+@click.option("--recompute", default="none", show_default=True, type=click.Choice(["none", "selective", "full"]),
+              help="What backward computes again instead of keeping it.")  # fmt: skip
+@click.option("--no-fused", is_flag=True, help="AdamW as several ops, not as one.")
+@click.option("--max-grad-norm", default=1.0, show_default=True, type=click.FloatRange(0), help="0 switches it off.")
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
+@click.option("--roles", is_flag=True, help="Write one trace for all ranks that run the same, and ranks.json.")
+@click.option("--capture-all", is_flag=True, help="Capture what repeats as often as it does: slow, and the same.")
 @click.option("--out", required=True, help="The folder for rank<r>.et, new or empty.")
 @click.option("--visualize-trace", is_flag=True, help="Draw rank 0: tensor_trace_graph.png and .json, and two more.")
+@click.option("--force", is_flag=True, help="Replace the traces that are in --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(as_json: bool, visualize_trace: bool, **options: Any) -> None:
     """Synthesise the traces of a training step on ranks that you do not have: no processes, no memory, no GPU.
 
     \b
-    Example:
+    Examples:
       meshloom synth --model gpt2 --plan tp2.dp4 --seq-length 1024 --out synth.gpt2
+      meshloom synth --model gpt3.json --plan tp8.pp16.dp64 --micro-batch 1 --global-batch 1536 \\
+          --seq-length 2048 --roles --out synth.gpt3
     """
-    files, num_nodes = synth(**options)
-    result: dict[str, Any] = {"folder": options["out"], "num_ranks": len(files), "nodes_per_rank": num_nodes}
+    told = write_traces(forks=True, **options)
     if visualize_trace:
         from meshloom.view.graph_files import visualize_trace as draw
 
-        result["pictures"] = [str(path) for path in draw(read(files[0]), Path(options["out"]))]
+        told["pictures"] = [str(path) for path in draw(read(Path(options["out"]) / "rank0.et"), Path(options["out"]))]
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    for note in told["notes"]:
+        click.echo(f"note: {note}", err=True)
     click.echo(
-        json.dumps(result)
-        if as_json
-        else f"{len(files)} traces of {num_nodes:,} nodes each: {files[0]} … {files[-1].name}"
+        f"{told['num_files']} traces of {told['num_ranks']} ranks in {told['num_roles']} roles, "
+        f"{told['nodes_per_rank']:,} nodes on rank 0, {told['num_bytes'] / 1e6:,.1f} MB: {told['folder']}"
     )
-    for path in () if as_json else result.get("pictures", ()):
+    for path in told.get("pictures", ()):
         click.echo(path)
 
 
-def synth(
+def synth(*, out: str | Path, **options: Any) -> tuple[list[Path], int]:
+    """Write the traces as the command does; returns the files and the number of nodes of the first rank."""
+    told = write_traces(out=out, **options)
+    return sorted(Path(out).glob("rank*.et"), key=lambda path: int(path.stem[4:])), told["nodes_per_rank"]
+
+
+def write_traces(
     *,
     model: str,
     plan: str,
-    micro_batch: int,
-    gradient_accumulation: int,
     seq_length: int,
-    objective: str | None,
     out: str | Path,
+    micro_batch: int = 4,
+    gradient_accumulation: int | None = None,
+    global_batch: int | None = None,
+    objective: str | None = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
-) -> tuple[list[Path], int]:
-    """Write the traces as the command does; returns the files and the number of nodes of each."""
+    precision: Any = "fp32",
+    recompute: Any = "none",
+    no_fused: bool = False,
+    max_grad_norm: float = 1.0,
+    roles: bool = False,
+    capture_all: bool = False,
+    force: bool = False,
+    forks: bool = False,
+) -> dict[str, Any]:
+    """Write the traces as the command does; returns what it prints as JSON. `forks`: the process does nothing else."""
+    cut = Plan.parse(plan)
     cut = replace(
-        Plan.parse(plan), num_micro_batches=gradient_accumulation, schedule=schedule, virtual_stages=virtual_stages
+        cut,
+        num_micro_batches=micro_batches(cut, micro_batch, gradient_accumulation, global_batch),
+        schedule=schedule,
+        virtual_stages=virtual_stages,
+        recompute=recompute,
     )
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FolderError(f"{folder}: expected a new or empty folder; choose another --out")
+
+    from meshloom.synth.folder import check_folder
+
+    check_folder(folder, force=force)
 
     from meshloom.model.config import load_config, objective_of
-    from meshloom.synth.roles import synthesise
+    from meshloom.synth.roles import Step, find_roles
 
     config = load_config(model)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and seq_length > limit:
-        raise click.UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
+        raise UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
     chosen: Any = objective or objective_of(config)
-    traces = synthesise(config, chosen, plan=cut, micro_batch=micro_batch, seq_length=seq_length, model_name=model)
-    files = [write(trace, folder / f"rank{rank}.et") for rank, trace in traces.items()]
-    return files, len(traces[0].nodes)
+    step = Step(
+        config=config,
+        objective=chosen,
+        plan=cut,
+        micro_batch=micro_batch,
+        seq_length=seq_length,
+        max_grad_norm=max_grad_norm,
+        precision=precision,
+        fused=not no_fused,
+        model_name=model,
+    )
+    cores = os.cpu_count() or 1
+    # a pass more than there are cores: three on two so end together
+    found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
+    num_bytes = found.write(folder, roles_only=roles, num_processes=cores if forks else 1)
+    return _told(folder, found, num_bytes, roles)
+
+
+def _told(folder: Path, found: Any, num_bytes: int, roles: bool) -> dict[str, Any]:
+    """What the command prints as JSON."""
+    return {
+        "folder": str(folder),
+        "num_ranks": found.plan.world_size,
+        "num_roles": len(found.roles),
+        "num_files": len(found.roles) if roles else found.plan.world_size,
+        "num_nodes": sum(role.num_nodes * (1 if roles else len(role.ranks)) for role in found.roles),
+        "num_bytes": num_bytes,
+        "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
+        "nodes_per_rank": found.roles[0].num_nodes,
+        "notes": list(found.notes),
+    }
+
+
+def micro_batches(plan: Plan, micro_batch: int, accumulation: int | None, global_batch: int | None) -> int:
+    """How many micro-batches a step has on a rank; raises UsageError, PlanError."""
+    if global_batch is None:
+        return accumulation or 1
+    if accumulation is not None:
+        raise UsageError("--global-batch: expected without --gradient-accumulation, which it decides; leave one out")
+    count, rest = divmod(global_batch, micro_batch * plan.dp)
+    if rest or not count:
+        raise PlanError(
+            f"--global-batch {global_batch}: expected a multiple of {micro_batch * plan.dp}, the sequences of one "
+            f"micro-batch of {micro_batch} on dp{plan.dp}"
+        )
+    return count

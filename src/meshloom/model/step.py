@@ -61,10 +61,13 @@ def _phase_in(precision: Precision, device: torch.device, name: str) -> Iterator
         yield
 
 
-def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Fused AdamW; weight decay on matrices only, not on biases and norms (Brown et al. 2020, appendix B).
+def make_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, fused: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW, fused into one op or as several; weight decay on matrices only, not on biases and norms.
 
-    It has `found_inf`, () float32 on the device: while that is 1, its steps change nothing.
+    Brown et al. 2020, appendix B. It has `found_inf`, () float32 on the device: while that is 1, its steps change
+    nothing, if it is fused.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -73,15 +76,17 @@ def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: floa
     ]
     # The learning rate is a number, not a tensor: the fused kernel then needs no copy of it to the device.
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True
+        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=fused
     )
-    optimizer.found_inf = torch.zeros((), device=parameters[0].device)  # type: ignore[attr-defined]
+    # unfused, torch's AdamW takes none
+    vars(optimizer)["found_inf" if fused else "unused_found_inf"] = torch.zeros((), device=parameters[0].device)
     return optimizer
 
 
 def found_inf(optimizer: torch.optim.Optimizer) -> Tensor:
     """Where `train_step` notes that gradients were not finite: () float32, 0 or 1."""
-    found: Tensor = vars(optimizer)["found_inf"]
+    known = vars(optimizer)
+    found: Tensor = known["found_inf"] if "found_inf" in known else known["unused_found_inf"]
     return found
 
 
@@ -111,9 +116,11 @@ def train_step(
         with synced_gradients(model, sync=index == len(micro_batches) - 1):
             with within("forward"):
                 loss: Tensor = model(**batch).loss / len(micro_batches)
+                # added up on the way, so that each micro-batch does the same however many there are
+                losses = [losses[0] + loss.detach() if losses else loss.detach()]
             with within("backward"):
                 loss.backward(gradient=seed)
-        losses.append(loss.detach())
+            del loss
     grad_norm = None
     with phase("optimizer"):
         bad = found_inf(optimizer)
@@ -128,7 +135,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
         if scale is not None:
             scale.update(bad)
-    return StepResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), grad_norm)
+    return StepResult(losses[0], grad_norm)
 
 
 def eval_step(

@@ -124,17 +124,20 @@ def parallelize(
     mesh: Mesh,
     example: Mapping[str, Tensor] | None = None,
     styles: Mapping[str, str] | None = None,
+    cut: tuple[Discovery, Stages | None] | None = None,
     compiled: bool = False,
 ) -> nn.Module:
     """Cut `model` in place for this rank of `mesh` and return it; raises PlanError if the plan cannot be taken.
 
     `example` is a batch of one sequence that the forward accepts; by default eight token ids. `styles` overrules what
-    is found: a pattern of module paths -> column, row, vocabulary or whole. `compiled` layers go through torch.compile,
-    each by itself.
+    is found: a pattern of module paths -> column, row, vocabulary or whole. `cut` is what `find_cut` found on the same
+    model, where that is known already. `compiled` layers go through torch.compile, each by itself.
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}
-    found, stages = find_cut(model, plan, example, styles)
+    found, stages = cut or find_cut(model, plan, example, styles)
+    # the same in the cut model, whose forward needs a group
+    unused = find_unused(model, example) if stages is None and "dp" in mesh.groups else frozenset()
     if found.pairs:
         _cut(model, found, mesh)
     for name in found.partial:  # such as the norm of each head
@@ -147,14 +150,13 @@ def parallelize(
         _cut_vocabulary(model, found.vocabulary, mesh)
     if found.pairs and has_dropout(model):
         _draw_apart(model, found, mesh)
-    if stages is None and "dp" in mesh.groups:
-        model.unused_parameters = find_unused(model, example)  # type: ignore[assignment]
     layers = find_layers(model)
     recompute(model, layers, plan.recompute)
     if compiled:  # after recompute, which the compiler so sees
         # stages are looked for on meta tensors, into which forwards without a cache look
         compile_layers(model, layers, keep_cache=stages is not None)
     if stages is None:
+        model.unused_parameters = unused  # type: ignore[assignment]
         return model
     return Pipeline(model, mesh=mesh, stages=stages, answers=found.answers)
 

@@ -98,6 +98,11 @@ class ReducerTwin(nn.Module):
         for parameter in self._parameters_in_order:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
+    @property
+    def buckets(self) -> list[Tensor]:
+        """The memory through which gradients are averaged, held from one step to the next."""
+        return list(self._flat.values())
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped module returns."""
         return self.module(*args, **kwargs)
@@ -147,5 +152,7 @@ class ReducerTwin(nn.Module):
             buckets, _ = _compute_bucket_assignment_by_size(self._ready, list(_BUCKET_BYTES))
             self._buckets = [list(bucket) for bucket in buckets]
             self._rebuilt = True
-            self._flat = {}
+            # DistributedDataParallel makes them here too, and keeps them
+            sizes = [sum(self._ready[index].numel() for index in bucket) for bucket in self._buckets]
+            self._flat = {number: self._ready[0].new_empty(size) for number, size in enumerate(sizes)}
         self._ready, self._works = [], []

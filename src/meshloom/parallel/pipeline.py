@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import record_function
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_unflatten
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers
 from meshloom.parallel.average import average_gradients
+from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, Output, held, trace_flow
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.schedule import SCHEDULES, Action, play
@@ -289,6 +291,10 @@ class Pipeline(nn.Module):
             if by_any and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
+    def know_shapes(self, batch: Mapping[str, Tensor], flow: Flow) -> None:
+        """Batches of these shapes have the flow `flow`, which was found on one of them."""
+        self._known_shapes[tuple((name, tuple(value.shape)) for name, value in batch.items())] = flow.shapes
+
     def shapes(self, batch: Mapping[str, Tensor]) -> Mapping[Output, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes of what crosses borders for a batch of these shapes, from a fake forward of the whole model."""
         key = tuple((name, tuple(value.shape)) for name, value in batch.items())
@@ -297,7 +303,11 @@ class Pipeline(nn.Module):
                 example = {
                     name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in batch.items()
                 }
-                self._known_shapes[key] = trace_flow(self._skeleton[0], example).shapes
+                try:
+                    flow = trace_flow(self._skeleton[0], example)
+                except Exception:  # whatever a forward does on meta that it does not on fake tensors
+                    flow = trace_flow(fake_copy(self._skeleton[0]), example)
+                self._known_shapes[key] = flow.shapes
         return self._known_shapes[key]
 
 
@@ -322,6 +332,7 @@ class _Runner:
 
     def act(self, action: Action) -> None:
         """Run one action of the schedule."""
+        self.pending = [(work, sent) for work, sent in self.pending if not work.is_completed()]  # that need not be held
         if action.kind == "forward":
             with self.phase("forward"):
                 self._forward(action.stage, action.micro_batch)
@@ -421,7 +432,8 @@ class _Runner:
         tensor = tensor.contiguous()
         with record_function(f"{MESSAGE}{self.mesh.rank}>{peer}"):
             work = dist.isend(tensor, dst=peer, group=group, tag=self._tag(stage, mb, place))
-        self.pending.append((work, tensor))
+        if not isinstance(tensor, FakeTensor):  # which never leaves, and need not be held
+            self.pending.append((work, tensor))
 
     def _receive(self, tensor: Tensor, stage: int, mb: int, place: int, group: dist.ProcessGroup) -> None:
         peer = self.ranks[stage % len(self.ranks)]
@@ -439,12 +451,12 @@ class _Runner:
 def find_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None = None) -> Stages:
     """The stages of `plan`, balanced; raises PlanError if the model has too few layers, or the schedule cannot be."""
     flow = trace_flow(model, example, answers)
-    bounds = balance(_costs(model, flow), plan.pp * plan.virtual_stages)
+    bounds = balance(layer_costs(model, flow), plan.pp * plan.virtual_stages)
     play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
     return Stages(flow=flow, bounds=tuple(bounds))
 
 
-def _costs(model: nn.Module, flow: Flow) -> list[float]:
+def layer_costs(model: nn.Module, flow: Flow) -> list[float]:
     """What each layer costs, in parameters it multiplies with; the last one also bears what follows the layers."""
     costs = [float(sum(p.numel() for p in model.get_submodule(path).parameters())) for path in flow.layers]
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

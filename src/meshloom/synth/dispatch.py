@@ -2,20 +2,22 @@
 
 Every op is seen once, after composite ops have been taken apart. Dependencies follow storages: a view reads and
 writes its part of the storage it shares. Scopes of `record_function` tell the phase, module hooks the module; a
-backward op belongs to the module whose forward made its autograd node.
+backward op belongs to the module whose forward made its autograd node. Memory is that of storages: an op allocates
+those that it is the first to write, and releases those that nobody holds once it is over.
 """
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_right
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,6 +28,7 @@ from meshloom.chakra.trace import CommType
 from meshloom.errors import PlanError
 from meshloom.model.step import PHASE
 from meshloom.parallel.pipeline import MESSAGE
+from meshloom.synth.memory import Memory
 
 
 class Group(NamedTuple):
@@ -58,11 +61,18 @@ class StepWatcher(TorchDispatchMode):
         self._builder = builder
         self._groups = groups
         self._paths = paths
+        self.marks: list[tuple[str, int]] = []  # each phase that began, and how many nodes there were
+        self.memory = Memory()
         self._scopes: list[str] = []
+        self._next: Callable[..., int] | None = None  # adds the node that was seen last, once it is known what it frees
+        self._num_nodes = self._released = 0
         self._modules: list[str] = []
         self._made_in: tuple[list[int], list[str]] = ([], [])  # autograd sequence number from which -> module
-        self._storages: dict[int, tuple[StorageWeakRef, Hashable]] = {}
-        self._num_storages = 0
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """These tensors are there before anything runs, and stay."""
+        for tensor in tensors:
+            self.memory.hold(tensor.untyped_storage())
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -72,10 +82,17 @@ class StepWatcher(TorchDispatchMode):
             # a stage of a pipeline ends its forward with an exception
             module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
         ]
+        was_on = gc.isenabled()
+        gc.freeze()  # what is collected below, where a phase ends, then takes no time
+        gc.disable()  # and nothing is released at a moment that depends on other things
         try:
             with self:
                 yield
+            self._flush()
         finally:
+            gc.unfreeze()
+            if was_on:
+                gc.enable()
             for handle in handles:
                 handle.remove()
 
@@ -97,14 +114,18 @@ class StepWatcher(TorchDispatchMode):
         name = func._schema.name
         if name == "profiler::_record_function_enter_new":
             self._scopes.append(args[0])
-        elif name == "profiler::_record_function_exit":
-            self._scopes.pop()
+            if args[0].startswith(PHASE):
+                self._flush()
+                self.marks.append((args[0].removeprefix(PHASE), self._num_nodes))
+        elif name == "profiler::_record_function_exit" and self._scopes.pop().startswith(PHASE):
+            gc.collect()
+            self._flush()
         out = func(*args, **kwargs)
         if func.namespace in ("profiler", "prim"):
             return out
         if name == "_c10d_functional::wait_tensor":
             # On fake tensors this returns other memory; in truth it is the same.
-            self._alias(out, args[0])
+            self.memory.alias(out.untyped_storage(), args[0].untyped_storage())
         elif name in _COLLECTIVES:
             self._communicate(name, args, kwargs, out)
         elif name in ("c10d::send", "c10d::recv_"):
@@ -125,26 +146,43 @@ class StepWatcher(TorchDispatchMode):
             module = modules[place] if place >= 0 else ""
         return {"phase": phase, "module": module}
 
+    def _add(self, node: Callable[..., int]) -> None:
+        """Note a node, which is added when the next one comes."""
+        self._flush()
+        self._next = partial(node, memory_allocated=self.memory.allocated() or "")
+        self._num_nodes += 1
+
+    def _flush(self) -> None:
+        self._released += self.memory.released()
+        if self._next is not None:
+            self._next(memory_released=self._released or "")
+            self._released = 0
+        self._next = None
+
     def _compute(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in _changed(func._schema, args, kwargs):
+            self._region(tensor)  # what is new is allocated, though it counts as read as well
             if not any(tensor is output for output in outputs):
                 outputs.append(tensor)
-        work = cost.cost(name, [_shape(tensor) for tensor in inputs], [_shape(tensor) for tensor in outputs])
+        shapes, results = [_shape(tensor) for tensor in inputs], [_shape(tensor) for tensor in outputs]
+        work = cost.cost(name, shapes, results)
         if work.op_class == "host":
             return
-        self._builder.compute(
+        node = partial(
+            self._builder.compute,
             name,
             cost=work,
-            inputs=[_shape(tensor) for tensor in inputs],
-            outputs=[_shape(tensor) for tensor in outputs],
-            reads=[self._region(tensor) for tensor in inputs],
+            inputs=shapes,
+            outputs=results,
+            reads=[self._region(tensor, is_read=True) for tensor in inputs],
             writes=[self._region(tensor) for tensor in outputs],
             lane="compute",
             dtype=_dtype(outputs or inputs),
             **self._attrs(),
         )
+        self._add(node)
 
     def _communicate(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         comm_type, source = _COLLECTIVES[name]
@@ -154,7 +192,8 @@ class StepWatcher(TorchDispatchMode):
         ]
         group = self._groups[_group_name(args, kwargs)]
         reduction = next((arg for arg in args[1:] if isinstance(arg, str) and arg in ("sum", "avg", "min", "max")), "")
-        self._builder.collective(
+        node = partial(
+            self._builder.collective,
             name,
             comm_type=comm_type,
             ranks=group.ranks,
@@ -163,18 +202,20 @@ class StepWatcher(TorchDispatchMode):
             output_bytes=sum(_shape(tensor).num_bytes for tensor in received),
             dtype=_dtype(sent),
             reduction=reduction or ("sum" if "reduce" in name else ""),
-            reads=[self._region(tensor) for tensor in sent],
+            reads=[self._region(tensor, is_read=True) for tensor in sent],
             writes=[self._region(tensor) for tensor in received],
             **self._attrs(),
         )
+        self._add(node)
 
     def _message(self, name: str, args: Any) -> None:
         """A send or receive: which ranks it joins stands in the scope around it."""
         tensors, _, _, tag = args
         ends = next(scope.removeprefix(MESSAGE) for scope in reversed(self._scopes) if scope.startswith(MESSAGE))
         source, _, destination = ends.partition(">")
-        regions = [self._region(tensor) for tensor in tensors]
-        self._builder.message(
+        regions = [self._region(tensor, is_read=name == "c10d::send") for tensor in tensors]
+        node = partial(
+            self._builder.message,
             name,
             source=int(source),
             destination=int(destination),
@@ -186,27 +227,15 @@ class StepWatcher(TorchDispatchMode):
             comm_axis="pp",
             **self._attrs(),
         )
+        self._add(node)
 
-    def _region(self, tensor: Tensor) -> Region:
+    def _region(self, tensor: Tensor, *, is_read: bool = False) -> Region:
+        key = self.memory.key(tensor.untyped_storage(), is_read=is_read)
         begin = int(tensor.storage_offset()) * tensor.itemsize
         if not tensor.numel():
-            return Region(self._storage(tensor), begin, begin)
+            return Region(key, begin, begin)
         extent = 1 + sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride()))
-        return Region(self._storage(tensor), begin, begin + extent * tensor.itemsize)
-
-    def _storage(self, tensor: Tensor) -> Hashable:
-        """A key of the tensor's storage; an address that is used again after its storage died gets another key."""
-        storage = tensor.untyped_storage()
-        known = self._storages.get(storage._cdata)
-        if known is None or known[0].expired():
-            self._num_storages += 1
-            known = StorageWeakRef(storage), self._num_storages
-            self._storages[storage._cdata] = known
-        return known[1]
-
-    def _alias(self, tensor: Tensor, of: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._storages[storage._cdata] = StorageWeakRef(storage), self._storage(of)
+        return Region(key, begin, begin + extent * tensor.itemsize)
 
 
 def _shape(tensor: Tensor) -> cost.Tensor:
