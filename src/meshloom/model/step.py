@@ -66,8 +66,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW, fused into one op or as several; weight decay on matrices only, not on biases and norms.
 
-    Brown et al. 2020, appendix B. It has `found_inf`, () float32 on the device: while that is 1, its steps change
-    nothing, if it is fused.
+    Brown et al. 2020, appendix B. The fused one has `found_inf`, () float32 on the device: while that is 1, its steps
+    change nothing.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -78,15 +78,14 @@ def make_optimizer(
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=fused
     )
-    # unfused, torch's AdamW takes none
-    vars(optimizer)["found_inf" if fused else "unused_found_inf"] = torch.zeros((), device=parameters[0].device)
+    if fused:  # the other takes none
+        optimizer.found_inf = torch.zeros((), device=parameters[0].device)  # type: ignore[attr-defined]
     return optimizer
 
 
-def found_inf(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Where `train_step` notes that gradients were not finite: () float32, 0 or 1."""
-    known = vars(optimizer)
-    found: Tensor = known["found_inf"] if "found_inf" in known else known["unused_found_inf"]
+def found_inf(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Where `train_step` notes that gradients were not finite: () float32, 0 or 1. None if the optimizer knows none."""
+    found: Tensor | None = vars(optimizer).get("found_inf")
     return found
 
 
@@ -104,7 +103,7 @@ def train_step(
 
     Each micro-batch maps the model's argument names to tensors, (B, S) int64. Gradients add up over micro-batches and
     are averaged over the data-parallel group in the last one only. With bf16 and fp16 the forward runs under autocast;
-    fp16 needs `scale`, and a step whose gradients overflow changes nothing. Without `scale`, gradients whose norm is
+    fp16 needs `scale` and a fused optimizer, and a step whose gradients overflow changes nothing. Without `scale`, gradients whose norm is
     not finite end all change: this step and those after it leave weights and optimizer as they are, on all ranks.
     """
     within: Callable[[str], AbstractContextManager[Any]] = phase
@@ -125,15 +124,15 @@ def train_step(
     with phase("optimizer"):
         bad = found_inf(optimizer)
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if scale is not None:
+        if scale is not None and bad is not None:
             scale.unscale([parameter.grad for parameter in held if parameter.grad is not None], bad, mesh)
         if max_grad_norm:
             grad_norm = clip_gradients(held, max_grad_norm, mesh)
-            if scale is None:
+            if scale is None and bad is not None:
                 bad.logical_or_(grad_norm * 0)  # of infinity and of what is no number that is no number, which is true
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if scale is not None:
+        if scale is not None and bad is not None:
             scale.update(bad)
     return StepResult(losses[0], grad_norm)
 

@@ -196,12 +196,14 @@ class Training:
     def _agree(self, result: StepResult) -> _Known:
         """Tell every rank of every rank's loss, and whether rank 0 was asked to end; reads from the device."""
         stop = self.mesh.rank == 0 and is_asked_to_stop(self.folder)
+        overflow = found_inf(self.optimizer)
+        assert overflow is not None  # make_optimizer's is fused
         mine = torch.stack(
             [
                 result.loss.double(),
                 torch.tensor(float(stop), dtype=torch.double, device=self.mesh.device),
                 self.bad_loss.double(),
-                found_inf(self.optimizer).double(),
+                overflow.double(),
             ]
         )
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
