@@ -103,7 +103,8 @@ def train_step(
 
     Each micro-batch maps the model's argument names to tensors, (B, S) int64. Gradients add up over micro-batches and
     are averaged over the data-parallel group in the last one only. With bf16 and fp16 the forward runs under autocast;
-    fp16 needs `scale` and a fused optimizer, and a step whose gradients overflow changes nothing. Without `scale`, gradients whose norm is
+    fp16 needs `scale` and a fused optimizer, and a step whose gradients overflow changes nothing. Without `scale`,
+    gradients whose norm is
     not finite end all change: this step and those after it leave weights and optimizer as they are, on all ranks.
     """
     within: Callable[[str], AbstractContextManager[Any]] = phase
