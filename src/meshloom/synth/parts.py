@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from meshloom.chakra.trace import Node, NodeType
-from meshloom.errors import MeshloomError
 from meshloom.parallel.schedule import SCHEDULES
 from meshloom.plan import Axis, Plan
 
 
-class NotAlike(MeshloomError):
+class NotAlike(Exception):
     """Parts that should repeat do not, for the reason that the message gives: they must be captured one by one."""
 
 
