@@ -7,7 +7,7 @@ import zlib
 from typing import IO
 
 GZIP = b"\x1f\x8b"
-_MOST = 200  # bytes that one packed byte may become; real traces and texts stay below 60, zeros reach 1032
+_MOST = 200  # bytes that one packed byte may become; traces and texts are far below, zeros reach 1032
 _FREE = 64 << 20  # bytes that any file may become
 _STEP = 1 << 18  # packed bytes that are read at a time
 
