@@ -45,9 +45,11 @@ OPTIONS = {
     "capture": ["--json", "--out", "--rank"],
     "parallelize": ["--certify", "--dtype", "--explain", "--gradient-accumulation", "--layers", "--model",
                     "--objective", "--out", "--plan", "--schedule", "--styles", "--virtual-stages"],
-    "synth": ["--capture-all", "--force", "--global-batch", "--gradient-accumulation", "--json", "--max-grad-norm",
-              "--micro-batch", "--model", "--no-fused", "--objective", "--out", "--plan", "--precision", "--recompute",
-              "--roles", "--schedule", "--seq-length", "--virtual-stages", "--visualize-trace"],
+    "synth": ["--batch-size", "--capture-all", "--force", "--global-batch", "--gradient-accumulation", "--inference",
+              "--json", "--max-grad-norm", "--micro-batch", "--model", "--no-fused", "--num-input-tokens",
+              "--num-output-tokens", "--objective", "--out", "--plan", "--precision", "--recompute", "--roles",
+              "--schedule", "--seq-length", "--temperature", "--top-k", "--top-p", "--virtual-stages",
+              "--visualize-trace"],
     "check": ["--json", "--strict"],
     "convert": ["--passes", "--plan", "--schema"],
     "info": ["--json"],
@@ -104,6 +106,7 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 
 
 TRAIN = ("train", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--data", "sample", "--max-steps", "1")
+SYNTH = ("synth", "--model", "gpt2-tiny")
 GENERATE = ("generate", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--random-weights", "--prompt", "Once")
 
 
@@ -175,6 +178,14 @@ GENERATE = ("generate", "--model", "gpt2-tiny", "--tokenizer", "bytes", "--rando
         ((*TRAIN, "--model", "odd.json"), "transformers cannot read this config"),
         ((*TRAIN, "--tokenizer", "full"), "expected a folder with a tokenizer"),
         (("synth", "--model", "gpt2-tiny", "--plan", "dp2", "--out", "full"), "expected a new or empty folder"),
+        ((*SYNTH, "--inference", "--plan", "dp2", "--out", "new"), "expected tp and pp only"),
+        (
+            (*SYNTH, "--inference", "--plan", "tp2", "--seq-length", "8", "--out", "new"),
+            "expected with a training step",
+        ),
+        ((*SYNTH, "--num-input-tokens", "8", "--plan", "tp2", "--out", "new"), "expected with inference"),
+        ((*SYNTH, "--inference", "--plan", "tp2", "--num-input-tokens", "9000", "--out", "new"), "expected at most"),
+        ((*SYNTH, "--inference", "--plan", "tp2", "--top-p", "1.5", "--out", "new"), "at most 1"),
         (("synth", "--model", "gpt2-tiny", "--plan", "tp8", "--out", "new"), "fewer than the ranks of tp8"),
         (("check", "missing"), "No such file"),
         (("check", "file"), "or no Chakra trace"),

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from meshloom.chakra.file import read
+from meshloom.cli.inference import OF_INFERENCE, OF_TRAINING, write_inference
 from meshloom.errors import PlanError, UsageError
 from meshloom.plan import Plan
 
@@ -41,22 +43,30 @@ from meshloom.plan import Plan
 @click.option("--no-fused", is_flag=True, help="AdamW as several ops, not as one.")
 @click.option("--max-grad-norm", default=1.0, show_default=True, type=click.FloatRange(0), help="0 switches it off.")
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
+@click.option("--inference", is_flag=True, help="A prefill and a step for each new token, instead of a training step.")
+@click.option("--num-input-tokens", type=click.IntRange(1), help="With --inference: of each prompt.  [default: 128]")
+@click.option("--num-output-tokens", type=click.IntRange(1), help="With --inference: new ones.  [default: 32]")
+@click.option("--batch-size", type=click.IntRange(1), help="With --inference: prompts at once.  [default: 1]")
+@click.option("--temperature", type=float, help="With --inference: taken as generate does, and told: it changes no op.")
+@click.option("--top-k", type=int, help="With --inference: likewise.")
+@click.option("--top-p", type=float, help="With --inference: likewise.")
 @click.option("--roles", is_flag=True, help="Write one trace for all ranks that run the same, and ranks.json.")
 @click.option("--capture-all", is_flag=True, help="Capture what repeats as often as it does: slow, and the same.")
 @click.option("--out", required=True, help="The folder for rank<r>.et, new or empty.")
 @click.option("--visualize-trace", is_flag=True, help="Draw rank 0: tensor_trace_graph.png and .json, and two more.")
 @click.option("--force", is_flag=True, help="Replace the traces that are in --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(as_json: bool, visualize_trace: bool, **options: Any) -> None:
-    """Synthesise the traces of a training step on ranks that you do not have: no processes, no memory, no GPU.
+def command(as_json: bool, visualize_trace: bool, inference: bool, **options: Any) -> None:
+    """Synthesise the traces of a step on ranks that you do not have: no processes, no memory, no GPU.
 
     \b
     Examples:
       meshloom synth --model gpt2 --plan tp2.dp4 --seq-length 1024 --out synth.gpt2
       meshloom synth --model gpt3.json --plan tp8.pp16.dp64 --micro-batch 1 --global-batch 1536 \\
           --seq-length 2048 --roles --out synth.gpt3
+      meshloom synth --inference --model llama-3-8b --plan tp4 --num-output-tokens 20 --out synth.8b
     """
-    told = write_traces(forks=True, **options)
+    told = _write(inference, options)
     if visualize_trace:
         from meshloom.view.graph_files import visualize_trace as draw
 
@@ -72,6 +82,19 @@ def command(as_json: bool, visualize_trace: bool, **options: Any) -> None:
     )
     for path in told.get("pictures", ()):
         click.echo(path)
+
+
+def _write(inference: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """Write the traces of a training step or of a generation; what was given for the other is a mistake."""
+    source = click.get_current_context().get_parameter_source
+    given = {name for name in options if source(name) is ParameterSource.COMMANDLINE}
+    for name in sorted(given & (OF_TRAINING if inference else OF_INFERENCE)):
+        told = "a training step; leave out --inference" if inference else "inference; add --inference"
+        raise UsageError(f"--{name.replace('_', '-')}: expected with {told}")
+    if not inference:
+        return write_traces(forks=True, **{name: options[name] for name in options if name not in OF_INFERENCE})
+    wanted = {name: value for name, value in options.items() if name not in OF_TRAINING and value is not None}
+    return write_inference(**wanted)
 
 
 def synth(*, out: str | Path, **options: Any) -> tuple[list[Path], int]:

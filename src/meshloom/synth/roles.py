@@ -367,7 +367,9 @@ def _one_rank(step: Step, config: Any, plan: Plan, place: int, tensor: int, give
             if isinstance(model, Pipeline) and given.flow is not None:
                 model.know_shapes(batches[0], given.flow)
             builder = TraceBuilder(rank=rank, world_size=plan.world_size, source="synth")
-            watcher = StepWatcher(builder, _groups(mesh), {id(module): path for path, module in inner.named_modules()})
+            watcher = StepWatcher(
+                builder, groups_of(mesh), {id(module): path for path, module in inner.named_modules()}
+            )
             watcher.hold([*_held(model, optimizer), *(value for batch in batches for value in batch.values())])
             with watcher.watching():
                 run(model, optimizer, batches)
@@ -412,7 +414,8 @@ def _buffer_bytes(model: nn.Module) -> int:
     return sum(buffer.nbytes for buffer in model.get_submodule(layers[0]).buffers()) if layers else 0
 
 
-def _groups(mesh: Mesh) -> dict[str, Group]:
+def groups_of(mesh: Mesh) -> dict[str, Group]:
+    """Ranks and axis of each process group of a mesh, by its name."""
     groups: dict[str, Group] = {
         group.group_name: Group(mesh.plan.group(axis, mesh.rank), axis) for axis, group in mesh.groups.items()
     }
