@@ -54,6 +54,8 @@ def encode_node(node: Node, encoder: AttributeEncoder) -> bytes:
 
 def decode_node(body: bytes, decoder: AttributeDecoder) -> Node:
     """The node of a message's bytes; raises DecodeError."""
+    if not body:  # as of a file of zeros, of which there may be many
+        raise DecodeError("a node without anything")
     message = et_def_pb2.RawNode.FromString(body)
     attrs = decoder.all(message.attr)
     start_ns, duration_ns = attrs.pop("start_ns", None), attrs.pop("duration_ns", None)

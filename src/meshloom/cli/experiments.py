@@ -111,15 +111,15 @@ def _items(table: Any) -> list[tuple[str, Any]]:
 
 def expand(table: Mapping[str, Any], *, tiny: bool, settings: Sequence[str], out: str | None) -> list[Experiment]:
     """The cells of a matrix, the last axis fastest; raises UsageError for what is no option of train."""
+    unknown = sorted(set(table) - {"out", "options", "matrix", "tiny"})
+    if unknown:
+        raise UsageError(f"experiments: expected out, [options], [matrix] and [tiny], got {unknown[0]!r}")
     for name, value in [*table.items(), *_items(table.get("tiny"))]:
         if name != "out" and not isinstance(value, dict):
             raise UsageError(f"experiments: expected [{name}] to be a table, got {value!r:.60}")
         if name == "out" and not isinstance(value, str):
             raise UsageError(f"experiments: expected out to be a folder's name, got {value!r:.60}")
     small = table.get("tiny", {}) if tiny else {}
-    unknown = sorted(set(table) - {"out", "options", "matrix", "tiny"})
-    if unknown:
-        raise UsageError(f"experiments: expected out, [options], [matrix] and [tiny], got {unknown[0]!r}")
     if tiny and not small:
         raise UsageError("--tiny: expected a file with [tiny.options] or [tiny.matrix]")
     options = {**table.get("options", {}), **small.get("options", {}), **dict(_setting(text) for text in settings)}
