@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Ranks are forked, and threads of OpenMP do not come along: a child that waits for them waits for ever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A busy machine is no fault of what is tested.
 settings.register_profile("meshloom", deadline=None)
 settings.load_profile("meshloom")
