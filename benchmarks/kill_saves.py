@@ -73,7 +73,7 @@ def save_for_ever(folder: str, plan: str, rank: int, store: str, begin: int, tol
 def try_once(folder: Path, plan: Plan, begin: int, seed: int) -> tuple[str, int]:
     """Save until killed; returns where that found the folder, and the last step that was done for sure."""
     context = multiprocessing.get_context("fork")
-    told = context.Value("q", -1)
+    told = context.Value("q", -1, lock=False)  # a rank that is killed would take the lock along
     store = str(folder.parent / f"store.{seed}")
     arguments = [(str(folder), str(plan), rank, store, begin, told) for rank in range(plan.world_size)]
     ranks = [context.Process(target=save_for_ever, args=one) for one in arguments]
