@@ -1,7 +1,7 @@
 """A model's forward on tensors without data: nothing is computed, but every op and shape is seen.
 
 Fake tensors stand for those of any device and say where values are asked for. A model that is on meta already runs as
-it is, five times as fast, but for what only fake tensors can do: whoever gets an error there asks `fake_copy` for them.
+it is, which is faster, but for what only fake tensors can do: whoever gets an error there asks `fake_copy` for them.
 """
 
 from __future__ import annotations

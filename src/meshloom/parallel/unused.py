@@ -23,7 +23,7 @@ def find_unused(model: nn.Module, example: Mapping[str, Tensor]) -> frozenset[st
     for copied in (dataless_copy, fake_copy):
         try:
             return _without_gradient(copied(model).train(), example)
-        except Exception:
+        except Exception:  # of other people's forwards; if both fail, DDP itself looks in each step, slower but right
             continue
     return None
 
