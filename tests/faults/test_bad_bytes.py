@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from meshloom.chakra.file import read, stream
 from meshloom.chakra.packed import unpack
-from meshloom.errors import FolderError, MeshloomError, ModelError, TraceError
+from meshloom.errors import FolderError, HardwareError, MeshloomError, ModelError, TraceError
 from meshloom.model.pretrained import _stored
 from meshloom.train.checkpoint import check_checkpoint
 from meshloom.train.storage import read_index
+from tests.conftest import Meshloom
 from tests.faults.readers import Reader, damaged, readers
 
 READERS = readers()
@@ -48,6 +49,26 @@ def test_deep_nesting_long_numbers_and_no_text(tmp_path: Path, name: str) -> Non
         b"a = " + b"[" * DEEP, b"a = " + b"9" * 5000, b"9" * 5000, b'"\\ud800"', b"a." * DEEP + b"a = 1", b"<a>" * DEEP,
     ):  # fmt: skip
         _try(READERS[name], tmp_path, data)
+
+
+def test_names_that_no_disk_takes(tmp_path: Path, meshloom: Meshloom) -> None:
+    """Both inside a file and as a word on the command line."""
+    reader = READERS["cluster.toml"]
+    text = reader.whole.replace(b'"h100', b'"h100' + b"a" * 5000)
+    assert text != reader.whole
+    with pytest.raises(HardwareError, match="expected a TOML file or one of"):
+        reader.use(reader.put(tmp_path, text))
+    for command in (
+        ["check"],
+        ["info"],
+        ["train", "--test", "--model"],
+        ["synth", "--model", "gpt2-tiny", "--plan", "tp2", "--out"],
+    ):
+        done = meshloom(*command, "a" * 5000)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "too long" in done.stderr
+        assert len(done.stderr) < 400
 
 
 def _try(reader: Reader, folder: Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ A mistake is one line and exit code 2.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -43,6 +44,12 @@ COMMANDS = {
     "report": "Write one HTML page about a run.",
     "serve": "Show all runs of a folder in the browser.",
 }
+
+# what a system says of a path or a disk: no fault of ours, so that it needs no traceback
+_PLACES = {
+    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
+    errno.EROFS,
+}  # fmt: skip
 
 
 class _Lazy(click.Group):
@@ -110,7 +117,16 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # `meshloom info … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if debug or error.errno not in _PLACES:
+            raise
+        _say(f"{_short(str(error.filename or ''))}: expected a place to read or write, got '{error.strerror}'")
+        return 2
     return result if isinstance(result, int) else 0
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:100]}…{path[-60:]}"
 
 
 def _say(message: str) -> None:

@@ -48,10 +48,10 @@ def load_table(name: str, kind: str) -> tuple[dict[str, Any], str]:
     """The TOML table of a shipped spec or of a file, and where it came from; raises HardwareError."""
     path = Path(name)
     if path.suffix != ".toml":
-        spec = resources.files("meshloom.hardware") / "specs" / f"{name}.toml"
-        if not spec.is_file():
+        folder = resources.files("meshloom.hardware") / "specs"
+        if f"{name}.toml" not in {spec.name for spec in folder.iterdir()}:  # not asked of the disk: names have limits
             raise HardwareError(f"{kind} {name!r}: expected a TOML file or one of {', '.join(shipped(kind))}")
-        return tomllib.loads(spec.read_text(encoding="utf-8")), name
+        return tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8")), name
     try:
         return parse_toml(path.read_text(encoding="utf-8")), str(path)
     except (OSError, ValueError, RecursionError) as error:
