@@ -26,7 +26,6 @@ import torch.distributed as dist
 from meshloom.errors import MeshloomError
 from meshloom.parallel.apply import parallelize
 from meshloom.parallel.certify import TOLERANCE, certify, rounding
-from meshloom.parallel.data import data_parallel
 from meshloom.parallel.mesh import make_mesh
 from meshloom.plan import Plan
 from results import machine, section, write_section
@@ -51,7 +50,7 @@ def check_family(
     except Exception as error:
         return {"result": "not built", "why": str(error).splitlines()[0][:200] if str(error) else repr(error)}
     try:
-        parallel = data_parallel(parallelize(model, plan=plan, mesh=mesh, example=one), mesh)
+        parallel = parallelize(model, plan=plan, mesh=mesh, example=one)
     except MeshloomError as error:
         return {"result": "refused", "why": str(error)[:300]}
     batches = [batch(family, kind, config, seed + number) for number in range(plan.dp * plan.num_micro_batches)]
