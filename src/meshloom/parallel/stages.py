@@ -65,6 +65,14 @@ class Stages:
 def find_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None = None) -> Stages:
     """The stages of `plan`; raises PlanError if the model has too few layers, or the schedule cannot be."""
     flow = trace_flow(model, example, answers)
+    # layers that hand on more than one tensor may do so in one mode only, as a state that training does without
+    if answers is None and any(output.leaf for part in flow.needs for output in part):
+        other = trace_flow(model, example, training=True)
+        if (other.needs, other.returns) != (flow.needs, flow.returns):
+            raise PlanError(
+                f"plan {plan}: expected layers that return the same in training as else, but {flow.layers[0]} and "
+                "those after it do not; use pp1"
+            )
     bounds = stage_bounds(plan, layer_costs(model, flow))
     play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
     return Stages(flow=flow, bounds=tuple(bounds))
