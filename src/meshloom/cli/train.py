@@ -167,7 +167,7 @@ def train(
     first_traced = tracing.first(job.max_steps, resumed)
     makes = is_first and not prepared
     folder = _folder(out, model, cut, resumed) if makes else Path(str(out))
-    around = tracing.recorder(folder, cut, model=model, first=first_traced)
+    around = tracing.recorder(folder, cut, model=model, first=first_traced, num_tokens=job.tokens_per_step)
     if is_first:
         told = {"model": model, "plan": plan, "trace": tracing.trace, "resume": checkpoint, **options}
         _note(folder, job, {**told, "max_steps": job.max_steps}, arguments, "starting" if background else "running")

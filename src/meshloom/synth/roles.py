@@ -339,6 +339,7 @@ def _facts(step: Step) -> dict[str, Any]:
         "world_size": step.plan.world_size,
         "plan": str(step.plan),
         "step": 1,
+        "num_tokens": step.micro_batch * step.seq_length * step.plan.dp * step.plan.num_micro_batches,
         **named,
         "meshloom_version": meshloom.__version__,
     }
