@@ -44,6 +44,15 @@ def form_of(path: Path) -> Form:
     raise UsageError(f"{path}: expected a name that ends in {', '.join(FORMS)}")
 
 
+def read_any(where: str | Path) -> dict[int, Trace]:
+    """The traces of a file or folder by rank, of a file in the form that its name means; raises TraceError."""
+    path = Path(where)
+    if path.suffix in (".json", ".graphml") and path.is_file():
+        trace = form_of(path).read(path)
+        return {trace.rank: trace}
+    return file.read_all(path)
+
+
 def convert(source: Path, target: Path, *, version: str | None = None) -> Trace:
     """Read `source`, write `target`, each in the form that its name means, and return the trace; raises TraceError.
 
