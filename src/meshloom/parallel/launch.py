@@ -118,7 +118,6 @@ def run_ranks(
         # What the agent logs when a rank dies is told in one line below; the rest is for those who debug it.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")  # the last collectives of each rank, for `waited_in_vain`
         count_gpus_without_cuda()
         sys.stdout.flush()
         agent = elastic_launch(_agent(num_ranks, own, hosts, run_id, max_restarts), _rank)
