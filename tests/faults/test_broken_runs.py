@@ -16,6 +16,7 @@ from meshloom.errors import FolderError, RunFailed
 from meshloom.parallel import launch
 from meshloom.parallel.waiting import limit_waits
 from meshloom.plan import Plan
+from meshloom.train.checkpoint import newest
 from meshloom.train.processes import describe_process, find_process
 from meshloom.train.runs import new_run
 from tests.conftest import Meshloom
@@ -47,21 +48,23 @@ def _broken(phase: str, rank: int, run: Path, *more: str) -> subprocess.Complete
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux only")
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("phase", "saved"), [("start", 0), ("step", 2), ("collective", 2), ("save", 2), ("trace", 4)])
+@pytest.mark.parametrize(("phase", "saved"), [("start", 0), ("step", 0), ("collective", 0), ("save", 2), ("trace", 4)])
 def test_a_rank_killed_in_any_phase(
     tmp_path: Path, meshloom: Meshloom, whole: list[float], phase: str, saved: int, rank: int
 ) -> None:
-    """The run names it; what was said to be saved is whole, and the run goes on from it to the same losses."""
+    """The run names it, and what is saved is whole; saving goes on beside the steps, so a kill may come before its end."""
     run = tmp_path / "run"
     result = _broken(phase, rank, run, *(("--trace", "--trace-step", "5") if phase == "trace" else ()))
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"rank {rank} was killed" in result.stderr.splitlines()[-1]
     assert json.loads((run / "run.json").read_text())["state"] == "failed"
-    again = meshloom("train", *SAME, "--resume", "--out", str(run))
-    assert again.returncode == 0, again.stderr
-    if saved:
-        assert "checkpoint-" in again.stdout, "it went on"
-    assert _losses(run)[-len(whole) :] == whole
+    found, troubles = newest(run / "checkpoints")
+    assert troubles == []
+    assert int(found.name.partition("-")[2] if found else 0) >= saved
+    if rank == 1:  # of each phase once: it goes on to the same losses
+        again = meshloom("train", *SAME, "--resume", "--out", str(run))
+        assert again.returncode == 0, again.stderr
+        assert _losses(run) == whole
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux only")

@@ -34,13 +34,14 @@ def last_collective() -> dict[str, Any]:
 
     Empty where there was none, or torch notes none.
     """
+    dump: Any = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
     try:
-        told = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(includeCollectives=True))
+        told = json.loads(dump(includeCollectives=True))
         last = max(told.get("entries", []), key=lambda entry: int(entry["record_id"]), default=None)
         if last is None:
             return {}
         name = str(last["process_group"][0])
-        groups = {each: group for group, each in distributed_c10d._world.pg_names.items()}
+        groups = {str(each): group for group, each in distributed_c10d._world.pg_names.items()}
         ranks = dist.get_process_group_ranks(groups[name]) if name in groups else []
         return {
             "name": str(last["profiling_name"]).partition(":")[2] or str(last["profiling_name"]),
