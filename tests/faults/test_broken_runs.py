@@ -52,7 +52,7 @@ def _broken(phase: str, rank: int, run: Path, *more: str) -> subprocess.Complete
 def test_a_rank_killed_in_any_phase(
     tmp_path: Path, meshloom: Meshloom, whole: list[float], phase: str, saved: int, rank: int
 ) -> None:
-    """The run names it, and what is saved is whole; saving goes on beside the steps, so a kill may come before its end."""
+    """The run names it, and what is saved is whole; saving goes on beside steps, so a kill may come before its end."""
     run = tmp_path / "run"
     result = _broken(phase, rank, run, *(("--trace", "--trace-step", "5") if phase == "trace" else ()))
     assert result.returncode == 1, result.stdout + result.stderr
