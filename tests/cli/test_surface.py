@@ -24,8 +24,9 @@ OPTIONS = {
     "runs stop": ["--now", "--patience"],
     "runs resume": ["--background"],
     "train": [
-        "--attention", "--background", "--batch-size", "--cache-dir", "--compile", "--data", "--device", "--dry-run",
-        "--epochs", "--eval-data", "--eval-fraction", "--eval-sequences", "--eval-steps", "--from-scratch",
+        "--attention", "--background", "--batch-size", "--cache-dir", "--collective-timeout", "--compile", "--data",
+        "--device", "--dry-run", "--epochs", "--eval-data", "--eval-fraction", "--eval-sequences", "--eval-steps",
+        "--from-scratch",
         "--gradient-accumulation", "--hardware", "--json", "--keep-last", "--launcher", "--learning-rate",
         "--log-steps", "--lr-schedule", "--max-grad-norm", "--max-restarts", "--max-steps", "--model", "--nnodes",
         "--no-save-initial", "--node-rank", "--objective", "--out", "--plan", "--precision", "--rdzv-endpoint",

@@ -87,6 +87,14 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
     flag_value="",
     help="Go on from a checkpoint or a run's newest one, on any plan; without a value from --out, if it is there.",
 )
+@click.option(
+    "--collective-timeout",
+    "timeout_s",
+    default=1800.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds that a rank waits for others before the run ends.",
+)
 @host_options
 @click.option("--dry-run", is_flag=True, help="Print the command, sizes, memory and time; start and write nothing.")
 @click.option("--background", is_flag=True, help="Return at once; `meshloom runs` tells how it goes.")
