@@ -15,8 +15,9 @@ from meshloom.errors import UsageError
 from meshloom.generate.sample import Sampler, Sampling
 from meshloom.model.cache import Cache, make_cache
 from meshloom.model.graph import Graphed
-from meshloom.model.step import decode_step, prefill_step
+from meshloom.model.step import Choose, decode_step, prefill_step
 from meshloom.model.tape import Replay
+from meshloom.parallel.candidates import most_likely
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.relay import run_plainly
@@ -85,7 +86,8 @@ def generate(
     )
     _learn_shapes(model, ids)
     replay: Graphed | Replay = Graphed() if cache.fixed is not None else Replay()
-    sampler = Sampler(sampling, range(first, first + len(prompts)), max_new_tokens)
+    drawn = Sampler(sampling, range(first, first + len(prompts)), max_new_tokens)
+    choose: Choose = most_likely if sampling.is_greedy else drawn  # which step knows as a part of the forward
     run = _Run(cache, len(prompts), eos_ids, on_tokens)
     tokens = torch.empty(0)
     for step in range(max_new_tokens):
@@ -96,10 +98,10 @@ def generate(
         begin_ns = time.perf_counter_ns()
         with context:
             if step == 0:
-                tokens = prefill_step(model, ids, mesh=mesh, cache=cache, choose=sampler)
+                tokens = prefill_step(model, ids, mesh=mesh, cache=cache, choose=choose)
             else:
                 way = run_plainly if recorded or plainly else replay
-                tokens = decode_step(model, tokens, mesh=mesh, cache=cache, choose=sampler, run=way)
+                tokens = decode_step(model, tokens, mesh=mesh, cache=cache, choose=choose, run=way)
         if recorded and cache.fixed is None:
             replay = Replay()  # which counts the steps that it sees, and has missed this one
         told = tokens.tolist()

@@ -197,9 +197,18 @@ class RowParallelLinear(CutLinear):
     """
 
     leave: Crossing | None = None
+    bias_in_sum: Tensor | None = None  # (O): `add_bias_once` sets it
+
+    def add_bias_once(self) -> None:
+        """Let the group's first rank add the bias in its product and others zeros: one op less, and no gradient."""
+        if isinstance(self.bias, nn.Parameter):  # else the layer is another stage's
+            bias = self.bias.detach()
+            self.bias_in_sum = bias if self.group.rank() == 0 else torch.zeros_like(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I/tp) -> (…, O)."""
+        if self.bias_in_sum is not None:
+            return leave_region(_product(x, self.weight, self.bias_in_sum, self.input_major), self.group)
         if self.leave is not None:
             out = self.leave(_product(x, self.weight, None, self.input_major))
         else:
