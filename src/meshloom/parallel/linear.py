@@ -91,6 +91,8 @@ class _EnterByProduct(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool) -> Tensor:
     if not input_major:
         return functional.linear(x, weight, bias)
+    if not torch.is_grad_enabled():  # one call in the place of three, to the same kernel
+        return functional.linear(x, weight.t(), bias)
     flat = x.reshape(-1, x.size(-1))
     out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
     return out.view(*x.shape[:-1], out.size(-1))
