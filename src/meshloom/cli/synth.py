@@ -146,9 +146,7 @@ def write_traces(
     from meshloom.synth.roles import Step, find_roles
 
     config = load_config(model)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and seq_length > limit:
-        raise UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
+    _check_positions(config, seq_length)
     chosen: Any = objective or objective_of(config)
     step = Step(
         config=config,
@@ -166,6 +164,12 @@ def write_traces(
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
     num_bytes = found.write(folder, roles_only=roles, num_processes=cores if forks else 1)
     return _told(folder, found, num_bytes, roles)
+
+
+def _check_positions(config: Any, seq_length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and seq_length > limit:
+        raise UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
 
 
 def _told(folder: Path, found: Any, num_bytes: int, roles: bool) -> dict[str, Any]:
