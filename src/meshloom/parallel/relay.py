@@ -47,7 +47,7 @@ def relay(
     received = [_receive(pipeline, *shapes[output], place) for place, output in enumerate(inputs)]
 
     def forward(ids: Tensor, *received: Tensor) -> list[Any]:
-        result: list[Any] = pipeline(stage, arguments(ids), dict(zip(inputs, received)))
+        result: list[Any] = pipeline.pass_stage(stage, arguments(ids), dict(zip(inputs, received)))
         return finish(result[0]) if stage == pipeline.num_stages - 1 else result
 
     made: list[Tensor] = run(forward, ids, *received)
