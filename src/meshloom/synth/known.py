@@ -129,8 +129,8 @@ def _make(result: Result, tensors: Sequence[Tensor]) -> Tensor:
             data = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         else:
             data = torch.empty((0,), dtype=dtype, device="meta")
-            data.set_(tensors[source].untyped_storage(), offset, shape, stride)  # type: ignore[call-overload]
-    made: Any = Tensor._make_subclass(FakeTensor, data, False, dispatch_device=True, device_for_backend_keys=device)
+            data.set_(tensors[source].untyped_storage(), offset, shape, stride)
+    made: Tensor = Tensor._make_subclass(FakeTensor, data, False, dispatch_device=True, device_for_backend_keys=device)
     torch._C._set_throw_on_mutable_data_ptr(made)
     vars(made).update(attributes)
     return made
