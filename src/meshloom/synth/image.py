@@ -107,27 +107,21 @@ def stamp(step: Captured, plan: Plan, place: int, standing: Sequence[int], carry
     most = max(sum(counts) + 1, plan.world_size, plan.pp * plan.virtual_stages * plan.num_micro_batches * 16 + 16)
     press = _Press(step, plan, place, carry, width=width_for(most))
     lanes: dict[Hashable, int] = {}
-    pieces: list[Bytes] = []
-    moulds: list[_Mould] = []
-    for part in parts:
-        mould, bases = press.part(part, model[part], firsts, lanes)
-        piece = mould.data.copy()
-        fill(piece, mould.at, mould.offset + bases[mould.reference], press.width)
-        pieces.append(piece)
-        moulds.append(mould)
-    return _joined(step, plan, press.width, parts, model, pieces, moulds)
+    pressed = [press.part(part, model[part], firsts, lanes) for part in parts]
+    return _joined(step, plan, press.width, [model[part] for part in parts], pressed)
 
 
 def _joined(
-    step: Captured,
-    plan: Plan,
-    width: int,
-    parts: Sequence[Part],
-    model: dict[Part, Part],
-    pieces: Sequence[Bytes],
-    moulds: Sequence[_Mould],
+    step: Captured, plan: Plan, width: int, parts: Sequence[Part], pressed: Sequence[tuple[_Mould, Numbers]]
 ) -> Image:
-    offsets = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1]
+    """The moulds one after the other, each with its numbers, which count from its bases."""
+    moulds = [mould for mould, _ in pressed]
+    bounds = np.cumsum([0, *(len(mould.data) for mould in moulds)])
+    data, offsets = np.empty(bounds[-1], np.uint8), bounds[:-1]
+    for (mould, bases), begin, end in zip(pressed, bounds, bounds[1:]):
+        piece = data[begin:end]
+        piece[:] = mould.data
+        fill(piece, mould.at, mould.offset + bases[mould.reference], width)
     ends = np.concatenate([mould.ends + offset for mould, offset in zip(moulds, offsets)])
     starts = np.concatenate(([0], ends[:-1]))
     tables: list[dict[Any, tuple[list[Numbers], list[Numbers]]]] = []
@@ -144,13 +138,13 @@ def _joined(
     )
     return Image(
         plan=plan,
-        data=np.concatenate(pieces),
+        data=data,
         width=width,
         begins=starts + np.concatenate([mould.heads for mould in moulds]),
         ends=ends,
         groups=groups,
         peers=peers,
-        peak_bytes=_peak(step, plan, [model[part] for part in parts]),
+        peak_bytes=_peak(step, plan, parts),
     )
 
 

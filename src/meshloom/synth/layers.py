@@ -72,7 +72,7 @@ class _Line(NamedTuple):
 def with_all_layers(nodes: Sequence[Node], begins: Sequence[int], layers: Layers) -> tuple[list[Node], list[int]]:
     """The nodes of all layers, and where each pass after the first begins, from those of the captured ones.
 
-    Every pass goes through the layers in order. Raises UnlikeLayers where it does not, or where two layers are not alike.
+    Every pass goes through the layers in order. Raises UnlikeLayers where one does not, or two are not alike.
     """
     if len(layers.captured) == len(layers.whole):
         return [_renamed(node, layers) for node in nodes], list(begins)
