@@ -27,20 +27,21 @@ from meshloom.model.cache import Cache, make_cache
 from meshloom.model.layout import lay_out_for_one_row
 from meshloom.model.step import DTYPES, Precision, decode_step, prefill_step
 from meshloom.model.weights import inner_model
-from meshloom.parallel.apply import find_cut, parallelize
-from meshloom.parallel.flow import find_layers, trace_flow
+from meshloom.parallel.apply import cut_model, find_cut
+from meshloom.parallel.flow import find_layers
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pairs import Discovery
-from meshloom.parallel.pipeline import Pipeline, Stages, layer_costs
+from meshloom.parallel.pipeline import Pipeline
+from meshloom.parallel.stages import Stages, layer_costs
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import StepWatcher
 from meshloom.synth.folder import ROLES_FILE, RoleOfRanks, whole_folder, write_file
 from meshloom.synth.generated import Generated
 from meshloom.synth.layers import FEWEST, Layers, UnlikeLayers, with_all_layers
 from meshloom.synth.parts import NotAlike
-from meshloom.synth.reduced import bounds_of, stages_of, tensor_kinds, unlike_layers, with_layers
+from meshloom.synth.reduced import bounds_of, tensor_kinds, unlike_layers, with_layers
 from meshloom.synth.repeat import prove, repeated
-from meshloom.synth.roles import groups_of
+from meshloom.synth.roles import flow_of, groups_of
 from meshloom.synth.world import fake_world
 
 _FILLS = ("zeros", "new_zeros", "zero_", "fill_")  # of the cache's memory
@@ -135,9 +136,8 @@ def _given(step: Inference, notes: list[str], *, stamped: bool) -> _Given:
             layers = _few_layers(config, plan, example)
             config = with_layers(config, layers[-1].captured.stop)
             model = build_model(config, "causal", seed=0, device="meta")
+            plan = replace(plan, stage_layers=tuple(len(each.captured) for each in layers))
     found, stages = find_cut(model, plan, example)
-    if stages is not None and layers:
-        stages = stages_of(stages, [len(each.captured) for each in layers])
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return _Given(config, (found, stages), shapes, layers)
 
@@ -148,7 +148,7 @@ def _few_layers(config: Any, plan: Plan, example: Mapping[str, Tensor]) -> tuple
     total = config.num_hidden_layers
     bounds = [0, total]
     if plan.pp > 1:
-        bounds = bounds_of(layer_costs(few, trace_flow(few, example)), total, plan)
+        bounds = bounds_of(layer_costs(few, flow_of(few, example)), total, plan)
     prefix = find_layers(few)[0].removesuffix("0")
     ends = list(accumulate(min(FEWEST, end - begin) for begin, end in pairwise(bounds)))
     captured = [range(begin, end) for begin, end in pairwise([0, *ends])]
@@ -186,7 +186,7 @@ def _one_rank(
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = _in_dtype(build_model(given.config, "causal", seed=0), DTYPES[step.precision])
             example = example_batch("causal", micro_batch=1, seq_length=8)
-            model = parallelize(model, plan=step.plan, mesh=mesh, example=example, cut=given.cut).eval()
+            model = cut_model(model, plan=step.plan, mesh=mesh, example=example, cut=given.cut).eval()
             model = lay_out_for_one_row(model.requires_grad_(False))
             kinds = tensor_kinds(inner_model(model), given.shapes, step.plan)
             if stamped:

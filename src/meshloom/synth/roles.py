@@ -27,13 +27,14 @@ from meshloom.errors import PlanError
 from meshloom.model.build import build_model, example_batch
 from meshloom.model.config import Objective
 from meshloom.model.step import Batch, Precision, make_optimizer, train_step
-from meshloom.parallel.apply import find_cut, parallelize
+from meshloom.parallel.apply import cut_model, find_cut
 from meshloom.parallel.data import ReducerTwin, data_parallel
 from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, find_layers, trace_flow
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pairs import Discovery
-from meshloom.parallel.pipeline import Pipeline, Stages, layer_costs
+from meshloom.parallel.pipeline import Pipeline
+from meshloom.parallel.stages import Stages, layer_costs
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
 from meshloom.synth.folder import ROLES_FILE, RoleOfRanks, whole_folder, write_file
@@ -226,7 +227,7 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     few = with_layers(step.config, _FEW_LAYERS)
     model = build_model(few, step.objective, seed=0, device="meta")
     example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
-    flow = _flow_of(model, example)
+    flow = flow_of(model, example)
     bounds = bounds_of(layer_costs(model, flow), step.config.num_hidden_layers, plan)
     reduced = reduce_pipeline(plan, bounds)
     if reduced.plan.pp == plan.pp:
@@ -237,7 +238,7 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     return replace(reduced, plan=few_replicas(reduced.plan), layers=prefix), config
 
 
-def _flow_of(model: nn.Module, example: Batch) -> Flow:
+def flow_of(model: nn.Module, example: Batch) -> Flow:
     """What flows through the model, on meta if it can run there, which is faster than on fake tensors."""
     try:
         return trace_flow(model, example)
@@ -268,7 +269,7 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], nu
     flow = None
     if stages is not None and not plan.sequence_parallel:  # what crosses borders is then the same on every rank
         batch = example_batch(step.objective, micro_batch=step.micro_batch, seq_length=step.seq_length, device=device)
-        flow = _flow_of(model, batch)
+        flow = flow_of(model, batch)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     given = _Given(cut=(found, stages), flow=flow, shapes=shapes)
     del model
@@ -358,7 +359,7 @@ def _one_rank(step: Step, config: Any, plan: Plan, place: int, tensor: int, give
         with FakeTensorMode(allow_non_fake_inputs=True):
             example = example_batch(step.objective, micro_batch=1, seq_length=8)
             model = build_model(config, step.objective, seed=0)
-            model = parallelize(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
+            model = cut_model(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
             inner = model.model if isinstance(model, Pipeline) else model
             # The learning rate is no matter here: nothing is computed.
             optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1, fused=step.fused)
