@@ -6,7 +6,7 @@ there are two). Roles of the middle of a pipeline are captured once; they differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,9 +23,10 @@ import meshloom
 from meshloom.chakra.build import TraceBuilder
 from meshloom.chakra.trace import Trace
 from meshloom.chakra.wire import StoredNodes, whole_frames
-from meshloom.errors import PlanError
+from meshloom.errors import PlanError, UsageError
 from meshloom.model.build import build_model, example_batch
 from meshloom.model.config import Objective
+from meshloom.model.scale import LossScale
 from meshloom.model.step import Batch, Precision, make_optimizer, train_step
 from meshloom.parallel.apply import find_cut, parallelize
 from meshloom.parallel.data import ReducerTwin, data_parallel
@@ -70,7 +71,14 @@ class Step:
     max_grad_norm: float = 1.0
     precision: Precision = "fp32"
     fused: bool = True
+    zero: int = 0  # 1: optimizer states are shared over data parallel
     model_name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.precision == "fp16" and not self.fused:
+            raise UsageError("fp16 with an optimizer of several ops: expected the fused one, which skips overflows")
+        if self.zero and self.plan.dp == 1:
+            raise PlanError(f"zero 1: expected a plan of several dp ranks, which share the states, got {self.plan}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +178,7 @@ def synthesise(
     max_grad_norm: float = 1.0,
     precision: Precision = "fp32",
     fused: bool = True,
+    zero: int = 0,
     model_name: str = "",
 ) -> dict[int, Trace]:
     """The traces of a training step of `config` on every rank of `plan`, by rank; nothing is computed.
@@ -186,6 +195,7 @@ def synthesise(
         max_grad_norm=max_grad_norm,
         precision=precision,
         fused=fused,
+        zero=zero,
         model_name=model_name,
     )
     return dict(sorted(find_roles(step).traces()))
@@ -215,15 +225,16 @@ Cut = tuple[Discovery, Stages | None]
 def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     """What is captured in the place of the plan and the model."""
     plan = step.plan
-    small = few_replicas(plan)
+    few: Callable[[Plan], Plan] = (lambda whole: whole) if step.zero else few_replicas  # shares depend on all of them
+    small = few(plan)
     if plan.pp <= 3:
         return replace(same(plan), plan=small), step.config
     why = unlike_layers(build_model(step.config, step.objective, seed=0, device="meta"), step.config)
     if why:
         notes.append(f"every stage is captured by itself: {why}")
         return replace(same(plan), plan=small), step.config
-    few = with_layers(step.config, _FEW_LAYERS)
-    model = build_model(few, step.objective, seed=0, device="meta")
+    shallow = with_layers(step.config, _FEW_LAYERS)
+    model = build_model(shallow, step.objective, seed=0, device="meta")
     example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
     probe = replace(plan, pp=3, virtual_stages=1, schedule="gpipe", num_micro_batches=1)
     _, stages = _cut_of(model, probe, example, plan)
@@ -235,7 +246,7 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     assert reduced.num_layers is not None
     config = with_layers(step.config, sum(reduced.num_layers))
     prefix = find_layers(model)[0].removesuffix("0")
-    return replace(reduced, plan=few_replicas(reduced.plan), layers=prefix), config
+    return replace(reduced, plan=few(reduced.plan), layers=prefix), config
 
 
 def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan) -> Cut:
@@ -354,9 +365,15 @@ def _one_rank(step: Step, config: Any, plan: Plan, place: int, tensor: int, give
             model = parallelize(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
             inner = model.model if isinstance(model, Pipeline) else model
             # The learning rate is no matter here: nothing is computed.
-            optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1, fused=step.fused)
+            shared_by = mesh.groups["dp"] if step.zero else None
+            optimizer = make_optimizer(
+                model, learning_rate=1e-4, weight_decay=0.1, fused=step.fused, shared_by=shared_by
+            )
             model = data_parallel(model, mesh)
-            run = partial(train_step, mesh=mesh, max_grad_norm=step.max_grad_norm, precision=step.precision)
+            scale = LossScale(mesh.device) if step.precision == "fp16" else None
+            run = partial(
+                train_step, mesh=mesh, max_grad_norm=step.max_grad_norm, precision=step.precision, scale=scale
+            )
             # The first step makes the optimizer's states and learns the order of the gradients; all others are like
             # the second.
             if isinstance(model, ReducerTwin):
