@@ -12,10 +12,11 @@ from transformers import AutoConfig
 
 from meshloom.generate import engine
 from meshloom.generate.engine import generate
-from meshloom.generate.sample import Sampler, Sampling
+from meshloom.generate.sample import Sampling
 from meshloom.model.layout import lay_out_for_one_row
 from meshloom.model.tape import Replay
 from meshloom.model.weights import build_part
+from meshloom.parallel.candidates import most_likely
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.vocab import CutLogits
@@ -68,22 +69,21 @@ def _watched(model: Any, mesh: Mesh) -> tuple[list[int], Tensor, str | None]:
     logits: list[Tensor] = []
     replays: list[Replay] = []
 
-    class Watching(Sampler):
-        def __call__(self, found: Tensor | CutLogits) -> Tensor:
-            logits.append((found.whole() if isinstance(found, CutLogits) else found).clone())
-            return super().__call__(found)
+    def watching(found: Tensor | CutLogits) -> Tensor:
+        logits.append((found.whole() if isinstance(found, CutLogits) else found).clone())
+        return most_likely(found)
 
     class Kept(Replay):
         def __init__(self) -> None:
             super().__init__()
             replays.append(self)
 
-    before = engine.Sampler, engine.Replay
-    engine.Sampler, engine.Replay = Watching, Kept  # type: ignore[misc]
+    before = engine.most_likely, engine.Replay
+    engine.most_likely, engine.Replay = watching, Kept  # type: ignore[misc]
     try:
         tokens = generate(model, PROMPTS[:1], mesh=mesh, max_new_tokens=NEW, sampling=Sampling()).tokens[0]
     finally:
-        engine.Sampler, engine.Replay = before  # type: ignore[misc]
+        engine.most_likely, engine.Replay = before  # type: ignore[misc]
     return (
         tokens,
         torch.cat(logits) if logits else torch.empty(0),

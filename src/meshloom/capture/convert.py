@@ -20,6 +20,7 @@ from meshloom.capture.link import Launched, Linked, Op, backend_events, in_order
 from meshloom.capture.notes import Notes, notes_of, read_notes
 from meshloom.capture.storages import Storages
 from meshloom.capture.tensors import ITEMSIZES, num_bytes, numbers, tensor
+from meshloom.capture.waits import PARAMS, NotedWaits
 from meshloom.capture.working import Working
 from meshloom.chakra.build import TraceBuilder
 from meshloom.chakra.cost import Cost, cost
@@ -97,6 +98,8 @@ class _Converter:
         self.started_threads: set[int] = set()
         self.waited: dict[int, list[int]] = {}  # thread -> kernels that it has waited for
         self.stream_waits: dict[int, list[int]] = {}  # stream -> kernels of others that its next one waits for
+        told = any(call.wait_record >= 0 for call in linked.waits)  # by the driver, which knows best
+        self.noted_waits = None if told else NotedWaits()
         self.recorded: dict[int, dict[int, int]] = {}  # correlation of an event's note -> last kernels at that moment
 
     def trace(self) -> Trace:
@@ -110,15 +113,9 @@ class _Converter:
                 else:
                     self._order(item)
             except (TypeError, ValueError, IndexError, OverflowError) as error:
-                name = (
-                    self.ops[item].name
-                    if isinstance(item, int)
-                    else item.kernel.name
-                    if isinstance(item, Launched)
-                    else item.name
-                )
                 raise TraceError(
-                    f"rank {self.notes.rank}: {name}: expected arguments as PyTorch writes them, got others ({error})"
+                    f"rank {self.notes.rank}: {_name(item, self.ops)}: expected arguments as PyTorch writes them, "
+                    f"got others ({error})"
                 ) from error
         return self.builder.finish()
 
@@ -126,6 +123,8 @@ class _Converter:
 
     def _host(self, index: int, op: Op) -> None:
         self._label(index, op)
+        if self.noted_waits is not None:
+            self.noted_waits.note(op)
         # What a backend's own thread does is part of the collective it serves.
         if (
             op.name.startswith((PHASE, MODULE, MESSAGE))
@@ -279,7 +278,11 @@ class _Converter:
                 f"{kernel.name.partition('(')[0]}: no launch of it is in the device file; it depends on its stream only"
             )
         after += self.stream_waits.pop(kernel.stream, [])
-        node = self._communication_kernel(item, after, attrs) if is_communication(kernel.name) else None
+        communicates = is_communication(kernel.name)
+        thread = self.ops[item.op].thread if item.op >= 0 else -1
+        if self.noted_waits is not None:
+            after += self.noted_waits.before(thread, kernel, communicates=communicates)
+        node = self._communication_kernel(item, after, attrs) if communicates else None
         if node is None:
             op = self._working_op(item.op)
             told = self._tensors(op) if op is not None else {}
@@ -287,6 +290,9 @@ class _Converter:
             work = _PART if work.op_class == "host" else work
             node = self.builder.compute(kernel.name, cost=work, lane=lane, after=after, **told, **attrs)
         self.last_kernel[kernel.stream] = node
+        if self.noted_waits is not None:
+            params = next((op for op in self._chain(item.op) if op.name == PARAMS), None)
+            self.noted_waits.ran(thread, kernel, node, params, communicates=communicates)
 
     def _working_op(self, index: int) -> Op | None:
         """The innermost op of the dispatcher around a launch: kernels do its work."""
@@ -298,7 +304,7 @@ class _Converter:
         """The node of a collective's or message's kernel; None if nothing tells what it is."""
         kernel, chain = item.kernel, list(self._chain(item.op))
         c10d = next((op for op in chain if op.name.startswith("c10d::")), None)
-        params = next((op for op in chain if op.name == "record_param_comms"), None)
+        params = next((op for op in chain if op.name == PARAMS), None)
         name = c10d.name.removeprefix("c10d::") if c10d is not None else ""
         previous = [self.last_kernel[kernel.stream]] if kernel.stream in self.last_kernel else []
         after = [*after, *previous]

@@ -109,22 +109,37 @@ def estimate(
     stack: str | None = None,
 ) -> dict[str, Any]:
     """Step time and memory of the fullest rank, as JSON takes them; raises ModelError, PlanError, HardwareError."""
+    return told_of(
+        job_of(
+            config, model, plan, cluster, batch_size=batch_size, seq_length=seq_length, precision=precision, stack=stack
+        )
+    )
+
+
+def job_of(
+    config: Any, model: str, plan: Plan, cluster: Cluster, *, batch_size: int, seq_length: int, precision: str,
+    stack: str | None = None,
+) -> Job:  # fmt: skip
+    """The step as the closed form takes it, `batch_size` sequences a micro-batch; raises ModelError."""
     shape, _ = shape_of_config(config, model)
-    software = STACKS[stack] if stack else _OURS
-    job = Job(
-        shape=shape, plan=plan, cluster=cluster, stack=software, seq_length=seq_length,
+    return Job(
+        shape=shape, plan=plan, cluster=cluster, stack=STACKS[stack] if stack else _OURS, seq_length=seq_length,
         global_batch=batch_size * plan.dp * plan.num_micro_batches, dtype=_PRECISION.get(precision, precision),
     )  # fmt: skip
+
+
+def told_of(job: Job) -> dict[str, Any]:
+    """Step time and memory of the fullest rank, as JSON takes them; raises PlanError, HardwareError."""
     step, memory = predict_step(job), predict_memory(job)
     return {
-        "cluster": cluster.name,
-        "stack": software.name,
+        "cluster": job.cluster.name,
+        "stack": job.stack.name,
         "step_s": step.step_s,
         "tokens_per_second": step.tokens_per_second,
         "mfu": step.mfu,
         "limit": step.limit,
         "memory_bytes": memory_parts(memory),
-        "device_memory_bytes": cluster.device.memory_bytes,
+        "device_memory_bytes": job.cluster.device.memory_bytes,
         "warnings": list(step.warnings),
     }
 

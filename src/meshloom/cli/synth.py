@@ -35,6 +35,7 @@ from meshloom.plan import Plan
     help="With pp: the order of a rank's passes.",
 )
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
+@click.option("--stage-layers", help="With pp: how many layers each stage has, such as 10,14.  [default: balanced]")
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]),
               help="What the forward computes in; weights and optimizer stay fp32.")  # fmt: skip
@@ -117,6 +118,7 @@ def write_traces(
     objective: str | None = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
+    stage_layers: str | None = None,
     precision: Any = "fp32",
     recompute: Any = "none",
     no_fused: bool = False,
@@ -134,6 +136,7 @@ def write_traces(
         num_micro_batches=micro_batches(cut, micro_batch, gradient_accumulation, global_batch),
         schedule=schedule,
         virtual_stages=virtual_stages,
+        stage_layers=Plan.parse_stage_layers(stage_layers),
         recompute=recompute,
     )
     folder = Path(out)
@@ -146,9 +149,7 @@ def write_traces(
     from meshloom.synth.roles import Step, find_roles
 
     config = load_config(model)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and seq_length > limit:
-        raise UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
+    _check_positions(config, seq_length)
     chosen: Any = objective or objective_of(config)
     step = Step(
         config=config,
@@ -167,6 +168,12 @@ def write_traces(
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
     num_bytes = found.write(folder, roles_only=roles, num_processes=cores if forks else 1)
     return _told(folder, found, num_bytes, roles)
+
+
+def _check_positions(config: Any, seq_length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and seq_length > limit:
+        raise UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
 
 
 def _told(folder: Path, found: Any, num_bytes: int, roles: bool) -> dict[str, Any]:

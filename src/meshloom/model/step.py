@@ -193,30 +193,36 @@ def _next_tokens(model: nn.Module, ids: Tensor, mesh: Mesh, cache: Cache, choose
         head = getattr(inner, "cut_head", None)
         if head is not None:
             head.keep_cut = True  # so that only candidates are gathered, not all logits
+        finish = partial(_end_of_forward, choose)
         if isinstance(model, Pipeline):
-            logits = relay(model, cache.arguments, ids, run=run)
+            made = relay(model, cache.arguments, ids, finish=finish, run=run)
         else:
-            logits = whole_or_cut(run(partial(_forward, model, cache), ids), inner)
+            made = run(partial(_forward, model, cache, finish), ids)
         cache.advance(ids.shape[1])
-        tokens = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
-        if logits is not None:
-            chosen = choose(_last(logits))
-            tokens = chosen if mesh.index("tp") == 0 else tokens
-        if "tp" in mesh.groups and mesh.index("pp") == mesh.degree("pp") - 1:
-            tokens = broadcast(tokens, 0, mesh.groups["tp"])
+        if made is None:  # of another stage than the last
+            tokens = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
+        else:
+            logits = whole_or_cut(made[0], inner)
+            tokens = made[1] if len(made) > 1 else choose(logits)
+            # what came out of a maximum over the group is the same on all of its ranks
+            if "tp" in mesh.groups and not (choose is most_likely and isinstance(logits, CutLogits)):
+                tokens = broadcast(tokens, 0, mesh.groups["tp"])
         if "pp" in mesh.groups:
             tokens = broadcast(tokens, mesh.degree("pp") - 1, mesh.groups["pp"])
         return tokens
 
 
-def _forward(model: nn.Module, cache: Cache, ids: Tensor) -> Tensor:
-    """The logits (B, S or 1, V) of a model in one stage, or this rank's part of them."""
-    logits: Tensor | CutLogits = model(**cache.arguments(ids)).logits
-    return logits.local if isinstance(logits, CutLogits) else logits
+def _forward(model: nn.Module, cache: Cache, finish: Callable[..., list[Tensor]], ids: Tensor) -> list[Tensor]:
+    """What `finish` makes of the logits (B, S or 1, V) of a model in one stage, or of this rank's part of them."""
+    return finish(model(**cache.arguments(ids)).logits)
 
 
-def _last(logits: Tensor | CutLogits) -> Tensor | CutLogits:
-    """The logits of the last position: (B, S, V) -> (B, V)."""
-    if isinstance(logits, CutLogits):
-        return CutLogits(logits.local[:, -1], logits.part)
-    return logits[:, -1]
+def _end_of_forward(choose: Choose, logits: Tensor | CutLogits) -> list[Tensor]:
+    """The logits of the last position, (B, V) or this rank's part, and the tokens (B,) where choosing needs only them.
+
+    What draws has a state, so it cannot be a part of what is replayed.
+    """
+    part = logits.local[:, -1] if isinstance(logits, CutLogits) else logits[:, -1]
+    if choose is not most_likely:
+        return [part]
+    return [part, most_likely(CutLogits(part, logits.part) if isinstance(logits, CutLogits) else part)]

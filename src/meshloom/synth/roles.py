@@ -24,17 +24,18 @@ from meshloom.chakra.build import TraceBuilder
 from meshloom.chakra.trace import Trace
 from meshloom.chakra.wire import StoredNodes, whole_frames
 from meshloom.errors import PlanError, UsageError
-from meshloom.model.build import build_model, example_batch
+from meshloom.model.build import example_batch
 from meshloom.model.config import Objective
 from meshloom.model.scale import LossScale
 from meshloom.model.step import Batch, Precision, make_optimizer, train_step
-from meshloom.parallel.apply import find_cut, parallelize
+from meshloom.parallel.apply import cut_model, find_cut
 from meshloom.parallel.data import ReducerTwin, data_parallel
 from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, find_layers, trace_flow
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pairs import Discovery
-from meshloom.parallel.pipeline import Pipeline, Stages
+from meshloom.parallel.pipeline import Pipeline
+from meshloom.parallel.stages import Stages
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
 from meshloom.synth.folder import ROLES_FILE, RoleOfRanks, whole_folder, write_file
@@ -53,6 +54,7 @@ from meshloom.synth.reduced import (
     unlike_layers,
     with_layers,
 )
+from meshloom.synth.subject import build, without_data
 from meshloom.synth.world import fake_world
 
 _PRODUCTS = ("gemm", "attention")
@@ -170,7 +172,7 @@ def _write_role(role: Role, folder: Path, first_only: bool) -> bytes:
 
 def synthesise(
     config: Any,
-    objective: Objective,
+    objective: Objective = "causal",
     *,
     plan: Plan,
     micro_batch: int,
@@ -183,6 +185,8 @@ def synthesise(
 ) -> dict[int, Trace]:
     """The traces of a training step of `config` on every rank of `plan`, by rank; nothing is computed.
 
+    `config` may also be a model that was written by hand: an nn.Module whose forward takes `input_ids` and `labels`,
+    (B, S) int64, and returns what has a `loss`; it is left as it is. `zero` 1 shares optimizer states over dp.
     `micro_batch` sequences of `seq_length` tokens a rank and micro-batch; AdamW `fused` or not. Raises PlanError if the
     model cannot take the plan.
     """
@@ -229,14 +233,14 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     small = few(plan)
     if plan.pp <= 3:
         return replace(same(plan), plan=small), step.config
-    why = unlike_layers(build_model(step.config, step.objective, seed=0, device="meta"), step.config)
+    why = unlike_layers(build(step.config, step.objective, device="meta"), step.config)
     if why:
         notes.append(f"every stage is captured by itself: {why}")
         return replace(same(plan), plan=small), step.config
     shallow = with_layers(step.config, _FEW_LAYERS)
-    model = build_model(shallow, step.objective, seed=0, device="meta")
+    model = build(shallow, step.objective, device="meta")
     example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
-    probe = replace(plan, pp=3, virtual_stages=1, schedule="gpipe", num_micro_batches=1)
+    probe = replace(plan, pp=3, virtual_stages=1, schedule="gpipe", num_micro_batches=1, stage_layers=())
     _, stages = _cut_of(model, probe, example, plan)
     assert stages is not None
     bounds = bounds_of(costs_of(model, stages), step.config.num_hidden_layers, plan)
@@ -263,7 +267,7 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], nu
     # Sequence parallel compares op by op with what fake tensors do.
     with FakeTensorMode() if plan.sequence_parallel else nullcontext():
         device = "cpu" if plan.sequence_parallel else "meta"
-        model = build_model(config, step.objective, seed=0, device=device)
+        model = build(config, step.objective, device=device)
         example = example_batch(step.objective, micro_batch=1, seq_length=8, device=device)
         probe = plan if plan.pp == 1 else replace(plan, schedule="gpipe", num_micro_batches=1)
         found, stages = _cut_of(model, probe, example, whole)
@@ -349,6 +353,7 @@ def _facts(step: Step) -> dict[str, Any]:
         "world_size": step.plan.world_size,
         "plan": str(step.plan),
         "step": 1,
+        "num_tokens": step.micro_batch * step.seq_length * step.plan.dp * step.plan.num_micro_batches,
         **named,
         "meshloom_version": meshloom.__version__,
     }
@@ -359,10 +364,10 @@ def _one_rank(step: Step, config: Any, plan: Plan, place: int, tensor: int, give
     rank = plan.rank(pp=place, tp=tensor)
     with fake_world(rank, plan.world_size):
         mesh = make_mesh(plan, torch.device("cpu"))  # the mesh counts ranks in real tensors
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), without_data():
             example = example_batch(step.objective, micro_batch=1, seq_length=8)
-            model = build_model(config, step.objective, seed=0)
-            model = parallelize(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
+            model = build(config, step.objective)
+            model = cut_model(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
             inner = model.model if isinstance(model, Pipeline) else model
             # The learning rate is no matter here: nothing is computed.
             shared_by = mesh.groups["dp"] if step.zero else None

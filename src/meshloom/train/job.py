@@ -58,6 +58,7 @@ class Job:
     wandb: str | None = None  # the project there
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
+    timeout_s: float = 1800.0  # how long a rank waits for others in a collective
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
