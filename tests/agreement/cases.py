@@ -48,6 +48,9 @@ TRAINING = {f"{family} {name}": _case(family, *plan) for family in FAMILIES for 
     "llama dp2 recomputed": _case("llama", "dp2", {"recompute": "full"}),
     "gpt2 tp2 recomputed in part": _case("gpt2", "tp2", {"recompute": "selective"}),
     "gpt2 dp2 bf16": _case("gpt2", "dp2", options={"precision": "bf16"}),
+    "gpt2 tp2 fp16": _case("gpt2", "tp2", options={"precision": "fp16"}),
+    "gpt2 dp2 zero": _case("gpt2", "dp2", options={"zero": 1}),
+    "llama dp2.tp2 zero": _case("llama", "tp2.dp2", options={"zero": 1}),
 }
 GENERATION = {
     f"{family} {plan} generates": _case(family, plan, generates=True)

@@ -43,12 +43,8 @@ def _train(case: Case, mesh: Mesh, folder: Path) -> None:
     objective = objective_of(case.config)
     options = dict(case.options)
     model = build_part(case.config, objective, mesh=mesh, seed=0).train()
-    optimizer = make_optimizer(
-        model,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        **{name: options.pop(name) for name in ("fused",) if name in options},
-    )
+    shared_by = mesh.groups["dp"] if options.pop("zero", 0) else None
+    optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=0.1, shared_by=shared_by)
     around = _recorder(folder, model, mesh, _RECORDED)
     whole = data_parallel(model, mesh)
     scale = LossScale(mesh.device) if options.get("precision") == "fp16" else None

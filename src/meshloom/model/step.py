@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -22,6 +23,7 @@ from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.relay import Run, relay, run_plainly, whole_or_cut
 from meshloom.parallel.vocab import CutLogits
+from meshloom.parallel.zero import Zero
 
 Batch = Mapping[str, Tensor]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -62,22 +64,27 @@ def _phase_in(precision: Precision, device: torch.device, name: str) -> Iterator
 
 
 def make_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, fused: bool = True
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    fused: bool = True,
+    shared_by: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW, fused into one op or as several; weight decay on matrices only, not on biases and norms.
 
     Brown et al. 2020, appendix B. The fused one has `found_inf`, () float32 on the device: while that is 1, its steps
-    change nothing.
+    change nothing. Its states are shared by the ranks of `shared_by` if that is given, as ZeRO-1 does.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     # The learning rate is a number, not a tensor: the fused kernel then needs no copy of it to the device.
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=fused
-    )
+    make = partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
+    optimizer = make(groups) if shared_by is None else Zero(groups, group=shared_by, make=make)
     if fused:  # the other takes none
         optimizer.found_inf = torch.zeros((), device=parameters[0].device)  # type: ignore[attr-defined]
     return optimizer

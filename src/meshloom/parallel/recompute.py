@@ -17,10 +17,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from meshloom.plan import Recompute
 
-# What is kept by `selective`: products with weights, and what was communicated.
-_KEPT = frozenset(
-    ("mm", "addmm", "_scaled_mm", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "wait_tensor")
-)
+# What is kept by `selective`: products with weights, and what was communicated. A sum that took the memory of a product
+# must not be taken again: the product that was kept is that sum already.
+_KEPT = frozenset((
+    "mm", "addmm", "_scaled_mm", "all_reduce", "all_reduce_", "all_gather_into_tensor", "reduce_scatter_tensor",
+    "wait_tensor",
+))  # fmt: skip
 
 
 def recompute(model: nn.Module, layers: Sequence[str], mode: Recompute) -> None:
