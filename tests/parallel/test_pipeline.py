@@ -20,7 +20,7 @@ from meshloom.parallel.certify import Certificate, certify
 from meshloom.parallel.flow import Output, trace_flow
 from meshloom.parallel.launch import rank_context, run_ranks
 from meshloom.parallel.mesh import make_mesh
-from meshloom.parallel.pipeline import balance
+from meshloom.parallel.stages import balance
 from meshloom.plan import Plan
 
 _SMALL: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -57,6 +57,15 @@ def test_what_crosses_in_a_decoder() -> None:
     assert flow.parameters[0] == {"transformer.wte.weight", "transformer.wpe.weight"}
     assert flow.parameters[1] == flow.parameters[3] == set()
     assert flow.parameters[4] == {"transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
+
+
+def test_rows_that_the_head_shares_are_looked_up_by_the_first_part_only() -> None:
+    flow = trace_flow(_model("gpt2"), _batch(0))
+    rows = "transformer.wte.weight"
+    assert [rows in part for part in flow.parameters] == [True, False, False, False, True]
+    assert [rows in part for part in flow.looked_up] == [True, False, False, False, False]
+    of_both = trace_flow(_model("t5"), _batch(0))  # encoder and decoder look up the same rows
+    assert [index for index, part in enumerate(of_both.looked_up) if "shared.weight" in part] == [0, 2]
 
 
 def test_what_crosses_in_an_encoder_and_decoder() -> None:
@@ -137,10 +146,6 @@ def _check(folder: str, world_size: int) -> None:
                 continue
             mesh = make_mesh(plan, torch.device("cpu"))
             model = parallelize(_model(family), plan=plan, mesh=mesh, example=_batch(0, batch_size=1))
-            if "pp" not in mesh.groups:
-                from meshloom.parallel.data import data_parallel
-
-                model = data_parallel(model, mesh)
             told = certify(_model(family), model, [_batch(seed) for seed in range(4 * plan.dp)], mesh)
             found[f"{family} {plan_text} {schedule}"] = [told.loss, told.gradient, told.parameter, told.share]
         if dist.get_rank() == 0:

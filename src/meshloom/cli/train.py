@@ -74,6 +74,7 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
     help="With pp: the order of a rank's passes.",
 )
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
+@click.option("--stage-layers", help="With pp: how many layers each stage has, such as 10,14.  [default: balanced]")
 @trace_options
 @click.option(
     "--save-steps", default=0, show_default=True, type=click.IntRange(0), help="Steps between checkpoints; 0: none."
@@ -85,6 +86,14 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
     is_flag=False,
     flag_value="",
     help="Go on from a checkpoint or a run's newest one, on any plan; without a value from --out, if it is there.",
+)
+@click.option(
+    "--collective-timeout",
+    "timeout_s",
+    default=1800.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds that a rank waits for others before the run ends.",
 )
 @host_options
 @click.option("--dry-run", is_flag=True, help="Print the command, sizes, memory and time; start and write nothing.")
@@ -298,6 +307,7 @@ def _job(
     cache_dir: str | None = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
+    stage_layers: str | None = None,
     recompute: Any = "none",
     max_steps: int | None = None,
     **numbers: Any,
@@ -320,15 +330,12 @@ def _job(
         objective=objective or objective_of(config),
         tokenizer=_tokenizer(tokenizer or model, dry),
         plan=replace(
-            plan,
-            num_micro_batches=gradient_accumulation,
-            schedule=schedule,
-            virtual_stages=virtual_stages,
-            recompute=recompute,
+            plan, num_micro_batches=gradient_accumulation, schedule=schedule, virtual_stages=virtual_stages,
+            stage_layers=Plan.parse_stage_layers(stage_layers), recompute=recompute,
         ),
         max_steps=max_steps or 1,
         **numbers,
-    )
+    )  # fmt: skip
     if job.tokenizer is not None:
         check_tokenizer(job.tokenizer, config, job.objective)
     num_parameters = check_job(job, free)

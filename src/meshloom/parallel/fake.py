@@ -114,10 +114,11 @@ def dataless_copy(model: nn.Module) -> nn.Module:
     return _copy(model, nullcontext()) if _is_plain(model, {}) else fake_copy(model)
 
 
-def fake_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model whose tensors are fake ones on the same devices."""
+def fake_copy(model: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
+    """A copy of the model whose tensors are fake ones on the same devices, of `mode` if that is given."""
     first = next(model.parameters())
-    mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+    if mode is None:
+        mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     return _copy(model, mode)
 
 
@@ -141,7 +142,7 @@ def learn_answers(model: nn.Module, example: Mapping[str, Tensor]) -> Answers:
     """What a forward on real tensors asks of their values, on the roads that a fake one takes."""
 
     def run(real: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        with _left_as_it_was(real), experts_of_known_shape(real):
+        with _left_as_it_was(real), _kept_weights(real), experts_of_known_shape(real):
             real.eval()(**batch)
 
     return learn(model, example, run)
@@ -162,6 +163,18 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         for attributes, kept in zip(held, before, strict=True):
             attributes.clear()
             attributes.update(kept)
+
+
+@contextmanager
+def _kept_weights(model: nn.Module) -> Iterator[None]:
+    """After this, parameters are of the type that they had: a forward may convert its router for good."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            if parameter.dtype != data.dtype:
+                parameter.data = data
 
 
 @contextmanager

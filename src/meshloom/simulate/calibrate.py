@@ -115,7 +115,7 @@ def fit_gemm(
         search(loss, {**start, "step_ns": least, "wave_loss": lost}, limits=limits, rounds=max(1, rounds // 4))
         for least, lost in ((30.0, 0.1), (30.0, 0.8), (100.0, 0.1), (200.0, 0.8))
     ]
-    near = search(loss, min(begun, key=loss), limits=limits, rounds=rounds)
+    near = search(loss, min(begun, key=loss), limits=limits, rounds=rounds)  # type: ignore[arg-type]
     return GemmCurve(**_rounded(search(lambda point: loss(point, _BULK), near, limits=limits, rounds=rounds)))
 
 
