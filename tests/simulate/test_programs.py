@@ -152,7 +152,7 @@ def test_a_twin_needs_measured_times() -> None:
 
 def test_the_twin_of_a_run_on_this_machine_takes_as_long_as_it_did(demo_run: Path) -> None:
     traces = read_all(demo_run)
-    measured = span_ns({rank: list(trace.nodes) for rank, trace in traces.items()})
+    measured = _span_ns({rank: list(trace.nodes) for rank, trace in traces.items()})
     predicted = simulate(traces, load_cluster("h100x8"), durations="measured").makespan_ns
     assert predicted == pytest.approx(measured, rel=0.02)
     assert predicted > 0.98 * max(trace.get("step_duration_ns") for trace in traces.values())

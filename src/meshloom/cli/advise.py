@@ -60,6 +60,11 @@ def command(
         return
     click.echo(_table(shown))
     click.echo(_sentence(advice))
+    if shape.experts is not None:
+        click.echo(
+            f"{shape.num_parameters / 1e9:.1f} billion parameters, {shape.num_active_parameters / 1e9:.1f} of them "
+            f"met by a token: {shape.experts.per_token} of {shape.experts.count} experts"
+        )
     for warning in shown[0].step.warnings:
         click.echo(f"outside the calibrated range: {warning}")
 
