@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from meshloom.chakra.timeline import read
 from meshloom.cli.__main__ import cli
+from meshloom.errors import UsageError
 
 
 def _run(*arguments: str) -> str:
@@ -49,8 +50,8 @@ def test_a_recorded_run(traces: Path) -> None:
 
 def test_tokens_of_a_trace_that_tells_them_are_not_told_again(traces: Path) -> None:
     result = CliRunner().invoke(cli, ["simulate", str(traces), "--tokens", "3"])
-    assert result.exit_code == 2
-    assert "the traces are of a step of" in str(result.exception or result.output)
+    assert isinstance(result.exception, UsageError)
+    assert "the traces are of a step of" in str(result.exception)
 
 
 def test_a_model_and_a_plan(tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def test_the_twin_of_a_run_on_this_machine_takes_as_long_as_it_did(demo_run: Pat
     measured = _span_ns({rank: list(trace.nodes) for rank, trace in traces.items()})
     predicted = simulate(traces, load_cluster("h100x8"), durations="measured").makespan_ns
     assert predicted == pytest.approx(measured, rel=0.02)
-    assert predicted > 0.98 * max(trace.get("step_duration_ns") for trace in traces.values())
+    step = max(trace.get("step_duration_ns") for trace in traces.values())
+    assert predicted == pytest.approx(step, rel=0.1), "what Python does before the first op and after the last is no op"
 
 
 @pytest.mark.shared

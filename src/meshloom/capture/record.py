@@ -110,15 +110,17 @@ class Recorder:
             execution_trace_observer=observer,
             experimental_config=_config(),
         )
-        start_ns = time.perf_counter_ns()
+        duration_ns = 0
         try:
             with profiler, _module_scopes(self._paths):
                 start_ns = time.perf_counter_ns()
-                yield
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                try:
+                    yield
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                finally:
+                    duration_ns = time.perf_counter_ns() - start_ns  # stopping the profiler is not of the step
         finally:
-            duration_ns = time.perf_counter_ns() - start_ns
             observer.unregister_callback()
             profiler.export_chrome_trace(str(device))
             told = Notes(
