@@ -12,7 +12,7 @@ from meshloom.plan import Plan
 OF_INFERENCE = frozenset(("num_input_tokens", "num_output_tokens", "batch_size", "temperature", "top_k", "top_p"))
 OF_TRAINING = frozenset(
     ("micro_batch", "gradient_accumulation", "global_batch", "schedule", "virtual_stages", "stage_layers",
-     "seq_length", "recompute", "no_fused", "max_grad_norm", "objective")
+     "seq_length", "recompute", "no_fused", "max_grad_norm", "zero", "objective")
 )  # fmt: skip
 
 
