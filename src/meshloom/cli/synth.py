@@ -116,7 +116,7 @@ def write_traces(
     micro_batch: int = 4,
     gradient_accumulation: int | None = None,
     global_batch: int | None = None,
-    objective: str | None = None,
+    objective: Any = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
     stage_layers: str | None = None,
@@ -151,10 +151,9 @@ def write_traces(
 
     config = load_config(model)
     _check_positions(config, seq_length)
-    chosen: Any = objective or objective_of(config)
     step = Step(
         config=config,
-        objective=chosen,
+        objective=objective or objective_of(config),
         plan=cut,
         micro_batch=micro_batch,
         seq_length=seq_length,
