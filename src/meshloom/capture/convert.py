@@ -17,9 +17,11 @@ from meshloom.capture.collectives import C10D, collective_named, is_communicatio
 from meshloom.capture.device import Args, Kernel, Launch
 from meshloom.capture.host import TensorRef, written
 from meshloom.capture.link import Launched, Linked, Op, backend_events, in_order, link, longest_kernels, own_times
-from meshloom.capture.notes import COMPOSITE, Notes, notes_of, read_notes
-from meshloom.capture.tensors import ITEMSIZES, num_bytes, numbers, regions, tensor
+from meshloom.capture.notes import Notes, notes_of, read_notes
+from meshloom.capture.storages import Storages
+from meshloom.capture.tensors import ITEMSIZES, num_bytes, numbers, tensor
 from meshloom.capture.waits import PARAMS, NotedWaits
+from meshloom.capture.working import Working
 from meshloom.chakra.build import TraceBuilder
 from meshloom.chakra.cost import Cost, cost
 from meshloom.chakra.file import paused_collection, write
@@ -32,7 +34,6 @@ MESSAGE = "message:"  # names the ranks of a message, as in message:0>2
 
 _HOST = Cost(0, 0, "host")
 _PART = Cost(0, 0, "memory")  # a further kernel of an op whose cost another one carries
-_NUMBER_DTYPES = ("float64", "int64", "bool")  # what PyTorch makes of Python numbers
 
 
 def convert_rank(
@@ -67,7 +68,8 @@ class _Converter:
     def __init__(self, linked: Linked, notes: Notes) -> None:
         self.ops, self.notes, self.warnings = linked.ops, notes, linked.warnings
         self.linked = linked
-        self.composite = COMPOSITE if notes.composite_ops is None else frozenset(notes.composite_ops)
+        self.working = Working(linked.ops, notes.composite_ops)
+        self.storages = Storages(linked.ops)
         starts = [op.start_ns for op in linked.ops[:1]] + [item.kernel.start_ns for item in linked.kernels[:1]]
         self.base_ns = min(starts, default=0)
         self.builder = TraceBuilder(
@@ -91,7 +93,6 @@ class _Converter:
         }
         self.carried = {self._c10d_of(item.op) for item in linked.kernels if is_communication(item.kernel.name)}
         self.next_collective = 0
-        self.written_storages = {ref.storage for op in self.ops for ref in op.outputs if op.schema}
         self.last_kernel: dict[int, int] = {}  # stream -> node
         self.last_host: int | None = None
         self.started_threads: set[int] = set()
@@ -131,16 +132,22 @@ class _Converter:
             or op.name.startswith("gloo:")
         ):
             return
+        inside = op.parent >= 0 and self.inside_work[op.parent]
+        if self.working.hands_on(index):
+            self._scope(index, op)
+            return
+        if self.has_device or not inside:  # what lies inside is no news
+            self.storages.begin(op)
         if op.name.startswith("c10d::") and self._communicates(index, op):
             self._communicate(index, op)
-        elif self.has_device or (op.parent >= 0 and self.inside_work[op.parent]):
+        elif self.has_device or inside:
             self.inside_work[index] = not self.has_device
             self._scope(index, op)
         elif op.name.startswith("_c10d_functional::"):
             # It copies its input for the c10d op inside to change: the copy is part of the communication.
             self.inside_work[index] = True
             self._scope(index, op, moves=True)
-        elif op.schema and op.name not in self.composite and (work := self._work(op)).op_class != "host":
+        elif op.schema and self.working.is_whole(index) and (work := self._work(op)).op_class != "host":
             self.inside_work[index] = True
             self._compute(index, op, work)
         else:
@@ -194,8 +201,8 @@ class _Converter:
             scope=True,
             lane=("thread", op.thread),
             after=self._before(op),
-            reads=regions([ref for refs in op.inputs for ref in refs]) if moves else (),
-            writes=regions(op.outputs) if moves else (),
+            reads=self.storages.regions([ref for refs in op.inputs for ref in refs]) if moves else (),
+            writes=self.storages.regions(op.outputs) if moves else (),
             duration_ns=self.own_ns[index],
             **self._attrs(index, op),
         )
@@ -208,13 +215,8 @@ class _Converter:
         )
 
     def _inputs(self, op: Op) -> list[TensorRef]:
-        """The op's input tensors without Python numbers, which reach an op as tensors () that nobody has written."""
-        return [
-            ref
-            for refs in op.inputs
-            for ref in refs
-            if ref.shape or ref.dtype not in _NUMBER_DTYPES or ref.storage in self.written_storages
-        ]
+        """The op's input tensors without Python numbers."""
+        return [ref for refs in op.inputs for ref in refs if not self.storages.is_number(ref)]
 
     def _tensors(self, op: Op) -> dict[str, Any]:
         """What the node of an op's work tells of its tensors."""
@@ -222,8 +224,8 @@ class _Converter:
         return {
             "inputs": [tensor(ref) for ref in inputs],
             "outputs": [tensor(ref) for ref in changed],
-            "reads": regions(inputs),
-            "writes": regions(changed),
+            "reads": self.storages.regions(inputs),
+            "writes": self.storages.regions(changed),
             "dtype": (changed or inputs)[0].dtype if changed or inputs else "",
         }
 
@@ -450,8 +452,8 @@ class _Converter:
             dtype=dtype,
             reduction=reduction,
             axis=self.notes.axis_of(group.ranks),
-            reads=regions(sent),
-            writes=regions(received),
+            reads=self.storages.regions(sent),
+            writes=self.storages.regions(received),
             after=after,
             **attrs,
         )
@@ -467,7 +469,7 @@ class _Converter:
             self._warn_once(
                 "messages: their peers are counted in their groups, which the files do not name; taken as ranks"
             )
-        places = regions(refs)
+        places = self.storages.regions(refs)
         return self.builder.message(
             op.name,
             source=source,

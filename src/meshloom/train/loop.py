@@ -86,7 +86,10 @@ class Training:
         self.job, self.folder, self.mesh = job, folder, mesh
         self.log = RankLog(folder, mesh.rank)
         self.inner = _build(job, mesh)
-        self.optimizer = make_optimizer(self.inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay)
+        self.optimizer = make_optimizer(
+            self.inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay,
+            shared_by=mesh.groups.get("dp") if job.zero else None,
+        )  # fmt: skip
         self.saves = _checkpoints(job, folder / "checkpoints", self.inner, self.optimizer, mesh)
         self.begun = self.saves.load(Path(job.resume)) if job.resume else TrainingState(step=0, plan=job.plan)
         if job.save_steps and job.save_initial and not self.begun.step:
