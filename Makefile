@@ -47,7 +47,7 @@ bench: .venv/.dev
 # pip-audit asks a database of known faults, so it needs a network
 check-security: .venv/.dev
 	$(BIN)/bandit -q -r src/meshloom -ll -c pyproject.toml
-	$(BIN)/pip-audit --skip-editable || { echo "pip-audit: a fault was found, or its database could not be asked: \
+	$(BIN)/pip-audit --strict --skip-editable || { echo "pip-audit: a fault was found, or its database could not be asked: \
 	it needs the network; bandit found nothing" >&2; exit 1; }
 
 package: .venv/.dev

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from meshloom.generate import engine
 from meshloom.generate.engine import generate
 from meshloom.generate.sample import Sampling
+from meshloom.model import tape
 from meshloom.model.layout import lay_out_for_one_row
 from meshloom.model.tape import Replay
 from meshloom.model.weights import build_part
@@ -56,12 +57,30 @@ def run(plan: str, folder: str) -> None:
             lay_out_for_one_row(model)
             told[family] = {way: _continue(model, mesh, sampling) for way, sampling in WAYS.items()}
             told[family]["one"], logits, told[family]["why not replayed"] = _watched(model, mesh)
+            told[family]["replayed"], told[family]["sums a step"] = _counted(model, mesh)
             torch.save(logits, Path(folder) / f"{family}.{mesh.rank}.pt")
         (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(told))
 
 
 def _continue(model: Any, mesh: Mesh, sampling: Sampling) -> list[list[int]]:
     return generate(model, PROMPTS, mesh=mesh, max_new_tokens=NEW, sampling=sampling).tokens
+
+
+def _counted(model: Any, mesh: Mesh) -> tuple[list[int], float]:
+    """The tokens of the first prompt alone, and how many reductions over the group a replayed step makes."""
+    count, reduce = 0, tape._reduce
+
+    def counting(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        reduce(*arguments)
+
+    tape._reduce = counting
+    try:
+        tokens = generate(model, PROMPTS[:1], mesh=mesh, max_new_tokens=NEW, sampling=Sampling()).tokens[0]
+    finally:
+        tape._reduce = reduce
+    return tokens, count / (NEW - 3)  # the prefill and two steps that are recorded are no replays
 
 
 def _watched(model: Any, mesh: Mesh) -> tuple[list[int], Tensor, str | None]:

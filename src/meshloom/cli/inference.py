@@ -66,10 +66,10 @@ def write_inference(
         "num_ranks": found.plan.world_size,
         "num_roles": len(found.roles),
         "num_files": len(found.roles) if roles else found.plan.world_size,
-        "num_nodes": sum(len(role.nodes) * (1 if roles else len(role.ranks)) for role in found.roles),
+        "num_nodes": sum(role.num_nodes * (1 if roles else len(role.ranks)) for role in found.roles),
         "num_bytes": num_bytes,
         "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
-        "nodes_per_rank": len(found.roles[0].nodes),
+        "nodes_per_rank": found.roles[0].num_nodes,
         "notes": [*found.notes, *(["tokens are drawn from the gathered candidates; the trace is of the most likely one"]
                                   * drawn)],
     }  # fmt: skip

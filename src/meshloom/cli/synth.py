@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from meshloom.chakra.file import read
+from meshloom.chakra.file import paused_collection, read
 from meshloom.cli.inference import OF_INFERENCE, OF_TRAINING, write_inference
 from meshloom.errors import PlanError, UsageError
 from meshloom.plan import Plan
@@ -69,7 +69,8 @@ def command(as_json: bool, visualize_trace: bool, inference: bool, **options: An
           --seq-length 2048 --roles --out synth.gpt3
       meshloom synth --inference --model llama-3-8b --plan tp4 --num-output-tokens 20 --out synth.8b
     """
-    told = _write(inference, options)
+    with paused_collection():  # also of imports, which make millions of objects and leave none
+        told = _write(inference, options)
     if visualize_trace:
         from meshloom.view.graph_files import visualize_trace as draw
 

@@ -330,16 +330,12 @@ def _job(
         objective=objective or objective_of(config),
         tokenizer=_tokenizer(tokenizer or model, dry),
         plan=replace(
-            plan,
-            num_micro_batches=gradient_accumulation,
-            schedule=schedule,
-            virtual_stages=virtual_stages,
-            stage_layers=Plan.parse_stage_layers(stage_layers),
-            recompute=recompute,
+            plan, num_micro_batches=gradient_accumulation, schedule=schedule, virtual_stages=virtual_stages,
+            stage_layers=Plan.parse_stage_layers(stage_layers), recompute=recompute,
         ),
         max_steps=max_steps or 1,
         **numbers,
-    )
+    )  # fmt: skip
     if job.tokenizer is not None:
         check_tokenizer(job.tokenizer, config, job.objective)
     num_parameters = check_job(job, free)

@@ -353,7 +353,7 @@ def _compiled(calls: Sequence[_Call], recorder: _Recorder, out: Any) -> Callable
         made.update(call.results)
     inputs = "".join(f", t{number}" for number in range(recorder.num_inputs))
     source = f"def program(n{inputs}):\n{''.join(lines)}    return {text(out)}\n"
-    exec(compile(source, "<a recorded step>", "exec"), names)  # nosec B102 - made of our own numbers and names only
+    exec(compile(source, "<a recorded step>", "exec"), names)  # nosec B102 # made of our own numbers and names only
     program: Callable[..., Any] = names["program"]
     return program
 

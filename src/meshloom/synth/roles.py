@@ -35,7 +35,7 @@ from meshloom.parallel.flow import Flow, find_layers, trace_flow
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pairs import Discovery
 from meshloom.parallel.pipeline import Pipeline
-from meshloom.parallel.stages import Stages
+from meshloom.parallel.stages import Stages, layer_costs
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
 from meshloom.synth.folder import ROLES_FILE, RoleOfRanks, whole_folder, write_file
@@ -45,7 +45,6 @@ from meshloom.synth.parts import Captured, NotAlike, captured, enough_micro_batc
 from meshloom.synth.reduced import (
     Reduced,
     bounds_of,
-    costs_of,
     few_replicas,
     reduce_pipeline,
     same,
@@ -145,7 +144,8 @@ class Roles:
         What stood at `folder` is replaced. Returns how many bytes were written; raises FolderError.
         """
         with whole_folder(folder) as part:
-            jobs = [partial(_write_role, role, part, roles_only) for role in self.roles]
+            shares = [self.roles[number::num_processes] for number in range(min(num_processes, len(self.roles)))]
+            jobs = [partial(_write_roles, share, part, roles_only) for share in shares]
             sizes = run_all(jobs, num_processes=num_processes)
             if roles_only:
                 table = [RoleOfRanks(f"rank{role.ranks[0]}.et", role.ranks[0], list(role.ranks)) for role in self.roles]
@@ -160,13 +160,14 @@ class Roles:
                 yield rank, role.trace(rank, image)
 
 
-def _write_role(role: Role, folder: Path, first_only: bool) -> bytes:
-    """Write the files of a role's ranks; how many bytes, as text."""
-    image = role.image()
+def _write_roles(roles: Sequence[Role], folder: Path, first_only: bool) -> bytes:
+    """Write the files of the roles' ranks; how many bytes, as text."""
     total = 0
-    for rank in role.ranks[:1] if first_only else role.ranks:
-        more = {"role_size": len(role.ranks)} if first_only else {}
-        total += write_file(folder, rank, {**role.attrs(rank, image), **more}, image.turn_to(rank))
+    for role in roles:
+        image = role.image()
+        for rank in role.ranks[:1] if first_only else role.ranks:
+            more = {"role_size": len(role.ranks)} if first_only else {}
+            total += write_file(folder, rank, {**role.attrs(rank, image), **more}, image.turn_to(rank))
     return str(total).encode()
 
 
@@ -240,10 +241,8 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     shallow = with_layers(step.config, _FEW_LAYERS)
     model = build(shallow, step.objective, device="meta")
     example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
-    probe = replace(plan, pp=3, virtual_stages=1, schedule="gpipe", num_micro_batches=1, stage_layers=())
-    _, stages = _cut_of(model, probe, example, plan)
-    assert stages is not None
-    bounds = bounds_of(costs_of(model, stages), step.config.num_hidden_layers, plan)
+    flow = flow_of(model, example)
+    bounds = bounds_of(layer_costs(model, flow), step.config.num_hidden_layers, plan)
     reduced = reduce_pipeline(plan, bounds)
     if reduced.plan.pp == plan.pp:
         return replace(same(plan), plan=small), step.config
@@ -251,6 +250,14 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     config = with_layers(step.config, sum(reduced.num_layers))
     prefix = find_layers(model)[0].removesuffix("0")
     return replace(reduced, plan=few(reduced.plan), layers=prefix), config
+
+
+def flow_of(model: nn.Module, example: Batch) -> Flow:
+    """What flows through the model, on meta if it can run there, which is faster than on fake tensors."""
+    try:
+        return trace_flow(model, example)
+    except Exception:  # whatever a forward does on meta that it does not on fake tensors
+        return trace_flow(fake_copy(model), example)
 
 
 def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan) -> Cut:
@@ -276,7 +283,7 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], nu
     flow = None
     if stages is not None and not plan.sequence_parallel:  # what crosses borders is then the same on every rank
         batch = example_batch(step.objective, micro_batch=step.micro_batch, seq_length=step.seq_length, device=device)
-        flow = trace_flow(fake_copy(model), batch)
+        flow = flow_of(model, batch)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     given = _Given(cut=(found, stages), flow=flow, shapes=shapes)
     del model
