@@ -153,17 +153,9 @@ def write_traces(
     _check_positions(config, seq_length)
     chosen: Any = objective or objective_of(config)
     step = Step(
-        config=config,
-        objective=chosen,
-        plan=cut,
-        micro_batch=micro_batch,
-        seq_length=seq_length,
-        max_grad_norm=max_grad_norm,
-        precision=precision,
-        fused=not no_fused,
-        zero=zero,
-        model_name=model,
-    )
+        config=config, objective=chosen, plan=cut, micro_batch=micro_batch, seq_length=seq_length,
+        max_grad_norm=max_grad_norm, precision=precision, fused=not no_fused, zero=zero, model_name=model,
+    )  # fmt: skip
     cores = os.cpu_count() or 1
     # a pass more than there are cores: three on two so end together
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
