@@ -116,7 +116,7 @@ def write_traces(
     micro_batch: int = 4,
     gradient_accumulation: int | None = None,
     global_batch: int | None = None,
-    objective: str | None = None,
+    objective: Any = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
     stage_layers: str | None = None,
@@ -151,11 +151,18 @@ def write_traces(
 
     config = load_config(model)
     _check_positions(config, seq_length)
-    chosen: Any = objective or objective_of(config)
     step = Step(
-        config=config, objective=chosen, plan=cut, micro_batch=micro_batch, seq_length=seq_length,
-        max_grad_norm=max_grad_norm, precision=precision, fused=not no_fused, zero=zero, model_name=model,
-    )  # fmt: skip
+        config=config,
+        objective=objective or objective_of(config),
+        plan=cut,
+        micro_batch=micro_batch,
+        seq_length=seq_length,
+        max_grad_norm=max_grad_norm,
+        precision=precision,
+        fused=not no_fused,
+        zero=zero,
+        model_name=model,
+    )
     cores = os.cpu_count() or 1
     # a pass more than there are cores: three on two so end together
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)

@@ -1,4 +1,4 @@
-"""What is synthesised: the model of a config, or one written by hand; and what is told if its forward needs data."""
+"""What is synthesised: the model of a config or one written by hand; and what is told if its forward needs data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from meshloom.errors import ModelError
 from meshloom.model.build import build_model
 from meshloom.model.config import Objective
-from meshloom.parallel.answers import NEEDS_DATA, CannotFollow
+from meshloom.parallel.answers import NEEDS_DATA
 from meshloom.parallel.fake import fake_copy
 
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]))  # torch, and ourselves
@@ -48,11 +48,10 @@ def without_data() -> Iterator[None]:
     """Within this, a forward that asks for values raises ModelError with the line where it does."""
     try:
         yield
-    except (*NEEDS_DATA, CannotFollow) as error:
-        cause = error.__cause__ if isinstance(error, CannotFollow) and error.__cause__ is not None else error
+    except NEEDS_DATA as error:
         raise ModelError(
-            f"{_line_of(cause.__traceback__)}: the forward decides by the values of a tensor, and synthesis has none "
-            f"({str(cause).splitlines()[0]}); let it decide by shapes or settings, or give the op a result of known "
+            f"{_line_of(error.__traceback__)}: the forward decides by the values of a tensor, and synthesis has none "
+            f"({str(error).splitlines()[0]}); let it decide by shapes or settings, or give the op a result of known "
             "shape (torch.where, a mask); or record a real step with `meshloom train --trace`"
         ) from error
 
