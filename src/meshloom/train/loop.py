@@ -206,8 +206,10 @@ class Training:
                 overflow.double(),
             ]
         )
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
+        everyone = [mine]
+        if (num_ranks := dist.get_world_size()) > 1:  # else there is nobody to wait for, not even a thread of gloo's
+            everyone = [torch.empty_like(mine) for _ in range(num_ranks)]
+            dist.all_gather(everyone, mine)
         losses, stops, bad_losses, overflows = torch.stack(everyone).t().tolist()
         if self.scale is not None:  # which sees to such steps itself
             self.bad_loss.zero_()
