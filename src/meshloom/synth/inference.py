@@ -6,7 +6,7 @@ is proven on four of them (`repeat.py`); the others are stamped out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -53,6 +53,7 @@ class Inference:
     num_output_tokens: int
     precision: Precision = "fp32"
     model_name: str = ""
+    styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +143,7 @@ def synthesise_inference(step: Inference, *, stamped: bool = True) -> GeneratedR
     notes: list[str] = []
     roles: list[Generated] = []
     model = build_model(step.config, "causal", seed=0, device="meta")
-    cut = find_cut(model, plan, example_batch("causal", micro_batch=1, seq_length=8, device="meta"))
+    cut = find_cut(model, plan, example_batch("causal", micro_batch=1, seq_length=8, device="meta"), step.styles)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for place in range(plan.pp):
         kinds: tuple[int, ...] = (0,) * plan.tp

@@ -6,7 +6,7 @@ there are two). Roles of the middle of a pipeline are captured once; they differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,6 +71,7 @@ class Step:
     precision: Precision = "fp32"
     fused: bool = True
     model_name: str = ""
+    styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +172,7 @@ def synthesise(
     precision: Precision = "fp32",
     fused: bool = True,
     model_name: str = "",
+    styles: Mapping[str, str] | None = None,
 ) -> dict[int, Trace]:
     """The traces of a training step of `config` on every rank of `plan`, by rank; nothing is computed.
 
@@ -187,6 +189,7 @@ def synthesise(
         precision=precision,
         fused=fused,
         model_name=model_name,
+        styles=styles or {},
     )
     return dict(sorted(find_roles(step).traces()))
 
@@ -218,7 +221,11 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     small = few_replicas(plan)
     if plan.pp <= 3:
         return replace(same(plan), plan=small), step.config
-    why = unlike_layers(build_model(step.config, step.objective, seed=0, device="meta"), step.config)
+    why = (
+        "a plan written by hand may name one layer"
+        if step.styles
+        else unlike_layers(build_model(step.config, step.objective, seed=0, device="meta"), step.config)
+    )
     if why:
         notes.append(f"every stage is captured by itself: {why}")
         return replace(same(plan), plan=small), step.config
@@ -226,7 +233,7 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     model = build_model(few, step.objective, seed=0, device="meta")
     example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
     probe = replace(plan, pp=3, virtual_stages=1, schedule="gpipe", num_micro_batches=1)
-    _, stages = _cut_of(model, probe, example, plan)
+    _, stages = _cut_of(model, probe, example, plan, {})  # styles are not reduced
     assert stages is not None
     bounds = bounds_of(costs_of(model, stages), step.config.num_hidden_layers, plan)
     reduced = reduce_pipeline(plan, bounds)
@@ -238,10 +245,10 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     return replace(reduced, plan=few_replicas(reduced.plan), layers=prefix), config
 
 
-def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan) -> Cut:
+def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan, styles: Mapping[str, str]) -> Cut:
     """How `plan` cuts the model; what is wrong is said of the plan `told`."""
     try:
-        return find_cut(model, plan, example)
+        return find_cut(model, plan, example, styles)
     except PlanError as error:
         raise PlanError(str(error).replace(f"plan {plan}", f"plan {told}")) from error
 
@@ -255,7 +262,7 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], nu
         model = build_model(config, step.objective, seed=0, device=device)
         example = example_batch(step.objective, micro_batch=1, seq_length=8, device=device)
         probe = plan if plan.pp == 1 else replace(plan, schedule="gpipe", num_micro_batches=1)
-        found, stages = _cut_of(model, probe, example, whole)
+        found, stages = _cut_of(model, probe, example, whole, step.styles)
     if stages is not None and reduced.num_layers is not None:
         stages = stages_of(stages, reduced.num_layers)
     flow = None

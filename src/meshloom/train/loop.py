@@ -296,7 +296,9 @@ def _build(job: Job, mesh: Mesh) -> nn.Module:
         whole = build_model(job.config, job.objective, seed=job.seed, device="meta")
         cache = None if job.shard_cache is None else Path(job.shard_cache)
         fill = fill_from(Path(job.weights), whole, mesh=mesh, cache=cache)
-    model = build_part(job.config, job.objective, mesh=mesh, seed=job.seed, fill=fill, compiled=job.compiled).train()
+    model = build_part(
+        job.config, job.objective, mesh=mesh, seed=job.seed, fill=fill, styles=job.styles, compiled=job.compiled
+    ).train()
     # Ranks of one tensor-parallel group draw the same dropout masks, or their copies of the residual would part.
     torch.manual_seed(job.seed + 1 + mesh.index("dp"))
     return model
