@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 import parallel_peers as peers
 from meshloom.parallel.mesh import Mesh, make_mesh
-from meshloom.parallel.pipeline import find_stages
+from meshloom.parallel.stages import find_stages
 from meshloom.plan import Plan
 from results import machine, section, write_section
 

@@ -26,7 +26,6 @@ import torch.distributed as dist
 from meshloom.errors import MeshloomError
 from meshloom.parallel.apply import parallelize
 from meshloom.parallel.certify import TOLERANCE, certify, rounding
-from meshloom.parallel.data import data_parallel
 from meshloom.parallel.mesh import make_mesh
 from meshloom.plan import Plan
 from results import machine, section, write_section
@@ -51,7 +50,7 @@ def check_family(
     except Exception as error:
         return {"result": "not built", "why": str(error).splitlines()[0][:200] if str(error) else repr(error)}
     try:
-        parallel = data_parallel(parallelize(model, plan=plan, mesh=mesh, example=one), mesh)
+        parallel = parallelize(model, plan=plan, mesh=mesh, example=one)
     except MeshloomError as error:
         return {"result": "refused", "why": str(error)[:300]}
     batches = [batch(family, kind, config, seed + number) for number in range(plan.dp * plan.num_micro_batches)]
@@ -111,6 +110,7 @@ def work(rank: int, plan_text: str, tasks: list[tuple[str, str]], folder: str, o
 def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of all tasks on the plan; a world that hangs or dies is started again after the culprit."""
     results: list[dict[str, Any]] = []
+    kept = Path(options["keep"]) if options["keep"] else None
     world_size = Plan.parse(plan).world_size
     context = multiprocessing.get_context("fork")
     while tasks:
@@ -123,16 +123,19 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
             path = Path(folder, "results.jsonl")
             seen, since = 0, time.monotonic()
             while all(process.is_alive() for process in processes):
-                count = len(path.read_text().splitlines()) if path.exists() else 0
-                if count > seen:
-                    seen, since = count, time.monotonic()
+                lines = path.read_text().splitlines() if path.exists() else []
+                if len(lines) > seen:
+                    _keep(kept, lines[seen:])
+                    seen, since = len(lines), time.monotonic()
                 if time.monotonic() - since > PATIENCE_S:
                     break
                 time.sleep(0.2)
             time.sleep(0.5)
             raised = Path(folder, "raised")
             why = raised.read_text().splitlines()[0] if raised.exists() else "no rank says why"
-            done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            lines = path.read_text().splitlines() if path.exists() else []
+            _keep(kept, lines[seen:])
+            done = [json.loads(line) for line in lines]
             for process in processes:
                 process.kill()
                 process.join()
@@ -140,10 +143,22 @@ def run_plan(plan: str, tasks: list[tuple[str, str]], options: dict[str, Any]) -
         tasks = tasks[len(done) :]
         if tasks:
             kind, family = tasks.pop(0)
-            results.append(
-                {"kind": kind, "family": family, "plan": plan, "result": "raised", "why": f"hung or died; {why}"}
-            )
+            died = {"kind": kind, "family": family, "plan": plan, "result": "raised", "why": f"hung or died; {why}"}
+            _keep(kept, [json.dumps(died)])
+            results.append(died)
     return results
+
+
+def _keep(path: Path | None, lines: list[str]) -> None:
+    if path is not None:
+        with path.open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+
+def kept_results(path: Path | None) -> list[dict[str, Any]]:
+    """What an earlier call has found; the last word of each family and plan."""
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return [*{(item["kind"], item["family"], item["plan"]): item for item in map(json.loads, lines)}.values()]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -179,6 +194,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
     for name, default in (("hidden", 32), ("heads", 4), ("kv-heads", 4), ("vocab", 96), ("layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="Results go there at once; what it has is not run.")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--verbose", action="store_true", help="Name every family that does not pass.")
     parser.add_argument("--write", action="store_true")
@@ -187,10 +203,11 @@ def main() -> None:
     wanted = options.families.split(",") if options.families else None
     tasks = [(kind, family) for kind in options.kinds.split(",") for family in families(kind)
              if wanted is None or family in wanted]  # fmt: skip
-    given = {"size": size, "seed": options.seed, "dtype": options.dtype}
-    results: list[dict[str, Any]] = []
+    given = {"size": size, "seed": options.seed, "dtype": options.dtype, "keep": options.keep}
+    results = kept_results(options.keep)
+    there = {(item["kind"], item["family"], item["plan"]) for item in results}
     for plan in options.plans.split(","):
-        results += run_plan(plan, list(tasks), given)
+        results += run_plan(plan, [task for task in tasks if (*task, plan) not in there], given)
     if options.json:
         print(json.dumps({"machine": machine(), "results": results}))
         return

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from meshloom.chakra.timeline import Timeline
     from meshloom.chakra.trace import Node, Trace
     from meshloom.hardware.cluster import Cluster
+    from meshloom.model.step import train_step
     from meshloom.parallel.apply import parallelize
+    from meshloom.parallel.mesh import make_mesh
     from meshloom.plan import Plan
     from meshloom.synth.roles import synthesise
 
@@ -32,10 +34,12 @@ _HOME = {
     "Trace": "meshloom.chakra.trace",
     "TraceBuilder": "meshloom.chakra.build",
     "check": "meshloom.chakra.check",
+    "make_mesh": "meshloom.parallel.mesh",
     "parallelize": "meshloom.parallel.apply",
     "read": "meshloom.chakra.file",
     "record": "meshloom.capture.record",
     "synthesise": "meshloom.synth.roles",
+    "train_step": "meshloom.model.step",
     "write": "meshloom.chakra.file",
 }
 
@@ -48,10 +52,12 @@ __all__ = [
     "Trace",
     "TraceBuilder",
     "check",
+    "make_mesh",
     "parallelize",
     "read",
     "record",
     "synthesise",
+    "train_step",
     "write",
 ]
 

@@ -38,6 +38,7 @@ class Plan:
     num_micro_batches: int = 1
     virtual_stages: int = 1  # pipeline stages a rank holds
     recompute: Recompute = "none"
+    stage_layers: tuple[int, ...] = ()  # how many layers each stage has, in the order of stages; () is balanced
 
     def __post_init__(self) -> None:
         for name in (*AXES, "num_micro_batches", "virtual_stages"):
@@ -49,6 +50,11 @@ class Plan:
                 raise PlanError(
                     f"plan: expected {name} to be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}"
                 )
+
+        wanted = self.pp * self.virtual_stages
+        if self.stage_layers and (len(self.stage_layers) != wanted or min(self.stage_layers) < 1):
+            given = ",".join(map(str, self.stage_layers))
+            raise PlanError(f"plan {self}: expected how many layers each of {wanted} stages has, got {given}")
 
     @classmethod
     def parse(cls, text: str) -> Plan:
@@ -69,6 +75,14 @@ class Plan:
                 raise PlanError(f"plan {text!r}: expected a degree below ten million, got {axis}{degree}")
             degrees[axis] = int(degree)
         return cls(sequence_parallel=sequence_parallel, **degrees)
+
+    @staticmethod
+    def parse_stage_layers(text: str | None) -> tuple[int, ...]:
+        """The layers of each stage that `text` spells, such as `10,14`, () if it is None; raises PlanError."""
+        try:
+            return tuple(int(number) for number in text.split(",")) if text is not None else ()
+        except ValueError:
+            raise PlanError(f"expected how many layers each stage has, such as 10,14, got {text!r}") from None
 
     def __str__(self) -> str:
         """The text form: axes of degree 1 are left out (`dp1` if nothing is left); `parse` reads it back."""

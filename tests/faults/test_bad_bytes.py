@@ -42,6 +42,26 @@ def test_damage_is_one_of_our_errors(tmp_path: Path, name: str, seed: int) -> No
     _try(READERS[name], tmp_path, damaged(READERS[name].whole, random.Random(seed)))
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("experiments", b'"tp2"]', b"true]"),
+        ("notes", b'"0,1"', b'"0,' + b"9" * 5000 + b'"'),
+        ("kineto", b'"dur": 5', b'"dur": 1e308'),
+        ("kineto", b'"tid": 3', b'"tid": "' + b"9" * 5000 + b'"'),
+        ("weight map", b'"w": "', b'"w": "\\ud800'),
+        ("metrics", b'"step": 0', b'"step": Infinity'),
+        ("metrics", b"2.5", b"1e999"),
+        ("run", b'"state": "finished"', b'"state": NaN'),
+    ],
+)
+def test_damage_that_once_was_no_error_of_ours(tmp_path: Path, name: str, old: bytes, new: bytes) -> None:
+    """Found by benchmarks/fuzz.py."""
+    whole = READERS[name].whole
+    assert old in whole
+    _try(READERS[name], tmp_path, whole.replace(old, new))
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_deep_nesting_long_numbers_and_no_text(tmp_path: Path, name: str) -> None:
     for data in (

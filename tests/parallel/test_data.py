@@ -15,7 +15,6 @@ from meshloom.chakra.trace import Trace
 from meshloom.cli.synth import synth
 from meshloom.model.step import make_optimizer, train_step
 from meshloom.parallel.apply import parallelize
-from meshloom.parallel.data import data_parallel
 from meshloom.parallel.launch import rank_context, run_ranks
 from meshloom.parallel.mesh import make_mesh
 from meshloom.parallel.unused import find_unused
@@ -92,7 +91,7 @@ def _train(folder: str) -> None:
         for routed in (False, True):
             ids = torch.arange(8).view(2, 4) * (mesh.rank if routed else 1)  # only one rank's batch takes the other way
             batch = {"input_ids": ids, "labels": ids}
-            model = data_parallel(parallelize(Extra(routed), plan=mesh.plan, mesh=mesh, example=batch), mesh)
+            model = parallelize(Extra(routed), plan=mesh.plan, mesh=mesh, example=batch)
             optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.1)
             for _ in range(3):
                 train_step(model, optimizer, [batch, batch], mesh=mesh, max_grad_norm=0.0)

@@ -16,7 +16,6 @@ from meshloom.parallel import answers
 from meshloom.parallel.answers import CannotFollow
 from meshloom.parallel.apply import check_plan, parallelize
 from meshloom.parallel.certify import certify, rounding
-from meshloom.parallel.data import data_parallel
 from meshloom.parallel.discover import discover
 from meshloom.parallel.fake import learn_answers
 from meshloom.parallel.flow import Output, trace_flow
@@ -139,7 +138,7 @@ def _check(folder: str, world_size: int) -> None:
             if plan.world_size != world_size:
                 continue
             mesh = make_mesh(plan, torch.device("cpu"))
-            model = data_parallel(parallelize(toys.make(kind), plan=plan, mesh=mesh, example=ONE), mesh)
+            model = parallelize(toys.make(kind), plan=plan, mesh=mesh, example=ONE)
             told = certify(toys.make(kind), model, [toys.batch(seed) for seed in range(2 * plan.dp)], mesh)
             found[f"{kind.__name__} {text}"] = [told.loss, told.gradient, told.parameter, told.share]
         if dist.get_rank() == 0:

@@ -20,7 +20,7 @@ from meshloom.parallel.certify import Certificate, certify
 from meshloom.parallel.flow import Output, trace_flow
 from meshloom.parallel.launch import rank_context, run_ranks
 from meshloom.parallel.mesh import make_mesh
-from meshloom.parallel.pipeline import balance
+from meshloom.parallel.stages import balance
 from meshloom.plan import Plan
 
 _SMALL: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -137,10 +137,6 @@ def _check(folder: str, world_size: int) -> None:
                 continue
             mesh = make_mesh(plan, torch.device("cpu"))
             model = parallelize(_model(family), plan=plan, mesh=mesh, example=_batch(0, batch_size=1))
-            if "pp" not in mesh.groups:
-                from meshloom.parallel.data import data_parallel
-
-                model = data_parallel(model, mesh)
             told = certify(_model(family), model, [_batch(seed) for seed in range(4 * plan.dp)], mesh)
             found[f"{family} {plan_text} {schedule}"] = [told.loss, told.gradient, told.parameter, told.share]
         if dist.get_rank() == 0:

@@ -107,12 +107,16 @@ class DeviceTrace(msgspec.Struct, kw_only=True, gc=False):
     groups: dict[str, list[int]]
 
 
+# since 1970 or since the machine's start: a thousand years at most, so that nanoseconds stay whole numbers
+_Microseconds = Annotated[float, msgspec.Meta(ge=-3.2e16, le=3.2e16)]
+
+
 class _Event(msgspec.Struct, gc=False):
     ph: str = ""
     cat: str | None = None
     name: str = ""
-    ts: float = 0.0
-    dur: float = 0.0
+    ts: _Microseconds = 0.0
+    dur: _Microseconds = 0.0
     tid: int | str = 0
     args: Args = msgspec.field(default_factory=Args)
 
@@ -212,4 +216,7 @@ def _launch(event: _Event, start_ns: int, duration_ns: int) -> Launch:
 
 
 def _number(value: Any) -> int:
-    return value if isinstance(value, int) else int(value) if str(value).lstrip("-").isdecimal() else -1
+    if isinstance(value, int):
+        return value
+    text = str(value)
+    return int(text) if len(text) < 20 and text.removeprefix("-").isdecimal() else -1

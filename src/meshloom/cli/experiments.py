@@ -172,7 +172,10 @@ def _arguments(options: Mapping[str, Any]) -> Iterator[str]:
 
 def _as_noted(arguments: Iterator[str]) -> tuple[str, ...]:
     """Arguments in the form in which a run notes them: checked, and in train's own order."""
-    context = train_command.make_context("meshloom train", list(arguments))
+    try:
+        context = train_command.make_context("meshloom train", list(arguments))
+    except click.UsageError as error:
+        raise UsageError(f"experiments: expected options of `meshloom train`: {error.format_message()}") from error
     return tuple(given_arguments(context, leave_out=()))
 
 

@@ -12,8 +12,8 @@ from meshloom.plan import Plan
 # options that mean something for one of the two only
 OF_INFERENCE = frozenset(("num_input_tokens", "num_output_tokens", "batch_size", "temperature", "top_k", "top_p"))
 OF_TRAINING = frozenset(
-    ("micro_batch", "gradient_accumulation", "global_batch", "schedule", "virtual_stages", "seq_length", "recompute",
-     "no_fused", "max_grad_norm", "objective")
+    ("micro_batch", "gradient_accumulation", "global_batch", "schedule", "virtual_stages", "stage_layers",
+     "seq_length", "recompute", "no_fused", "max_grad_norm", "objective")
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ _SHOWN = 12  # decisions printed without --explain
 @click.option("--schedule", type=click.Choice(["gpipe", "1f1b", "interleaved", "zero-bubble"]), default="1f1b",
               show_default=True, help="With pp: the order of a rank's passes.")  # fmt: skip
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
+@click.option("--stage-layers", help="With pp: how many layers each stage has, such as 10,14.  [default: balanced]")
 @styles_option
 @click.option("--explain", is_flag=True, help="Print every layer: how it is cut, and why.")
 @click.option("--certify", is_flag=True, help="Run it on real ranks, and hold loss and gradients to the single model.")
@@ -43,6 +44,7 @@ def command(
     gradient_accumulation: int | None,
     schedule: Any,
     virtual_stages: int,
+    stage_layers: str | None,
     styles: str | None,
     explain: bool,
     certify: bool,
@@ -65,6 +67,7 @@ def command(
         num_micro_batches=gradient_accumulation or max(1, 2 * cut.pp),
         schedule=schedule,
         virtual_stages=virtual_stages,
+        stage_layers=Plan.parse_stage_layers(stage_layers),
     )
 
     from meshloom.model.config import load_config, objective_of
@@ -171,7 +174,6 @@ def _certify_rank(config: Any, objective: Any, plan: Plan, styles: dict[str, str
     from meshloom.model.build import build_model, example_batch
     from meshloom.parallel.apply import parallelize
     from meshloom.parallel.certify import TOLERANCE, certify
-    from meshloom.parallel.data import data_parallel
     from meshloom.parallel.launch import rank_context
     from meshloom.parallel.mesh import make_mesh
 
@@ -180,8 +182,7 @@ def _certify_rank(config: Any, objective: Any, plan: Plan, styles: dict[str, str
         mesh = make_mesh(plan, device)
         single, model = (build_model(config, objective, seed=0).to(kind) for _ in range(2))
         example = example_batch(objective, micro_batch=1, seq_length=8)
-        cut = parallelize(model, plan=plan, mesh=mesh, example=example, styles=styles)
-        parallel = data_parallel(cut, mesh)
+        parallel = parallelize(model, plan=plan, mesh=mesh, example=example, styles=styles)
         random = torch.Generator().manual_seed(0)
         batches = []
         for _ in range(plan.dp * plan.num_micro_batches):

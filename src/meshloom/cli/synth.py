@@ -37,6 +37,7 @@ from meshloom.plan import Plan
     help="With pp: the order of a rank's passes.",
 )
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
+@click.option("--stage-layers", help="With pp: how many layers each stage has, such as 10,14.  [default: balanced]")
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]),
               help="What the forward computes in; weights and optimizer stay fp32.")  # fmt: skip
@@ -117,6 +118,7 @@ def write_traces(
     objective: str | None = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
+    stage_layers: str | None = None,
     precision: Any = "fp32",
     recompute: Any = "none",
     no_fused: bool = False,
@@ -134,6 +136,7 @@ def write_traces(
         num_micro_batches=micro_batches(cut, micro_batch, gradient_accumulation, global_batch),
         schedule=schedule,
         virtual_stages=virtual_stages,
+        stage_layers=Plan.parse_stage_layers(stage_layers),
         recompute=recompute,
     )
     folder = Path(out)

@@ -76,6 +76,7 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
     help="With pp: the order of a rank's passes.",
 )
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
+@click.option("--stage-layers", help="With pp: how many layers each stage has, such as 10,14.  [default: balanced]")
 @trace_options
 @click.option(
     "--save-steps", default=0, show_default=True, type=click.IntRange(0), help="Steps between checkpoints; 0: none."
@@ -300,6 +301,7 @@ def _job(
     cache_dir: str | None = None,
     schedule: Any = "1f1b",
     virtual_stages: int = 1,
+    stage_layers: str | None = None,
     recompute: Any = "none",
     max_steps: int | None = None,
     styles: str | None = None,
@@ -327,6 +329,7 @@ def _job(
             num_micro_batches=gradient_accumulation,
             schedule=schedule,
             virtual_stages=virtual_stages,
+            stage_layers=Plan.parse_stage_layers(stage_layers),
             recompute=recompute,
         ),
         max_steps=max_steps or 1,

@@ -170,7 +170,7 @@ def _stored(folder: Path) -> dict[str, Path]:
 def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no disk takes
         raise ModelError(f"{file}: expected a whole safetensors file, got '{error}'") from error
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meshloom.model.build import build_model, example_batch
 from meshloom.model.config import Objective
 from meshloom.model.initial import CannotRecord, Recording, record, replay
-from meshloom.parallel.apply import parallelize
+from meshloom.parallel.apply import cut_model
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.placement import Placed, placed_parameters
@@ -41,7 +41,7 @@ def build_part(
     model = build_model(config, objective, seed=seed, device="meta")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     example = example_batch(objective, micro_batch=1, seq_length=8, device="meta")
-    cut = parallelize(model, plan=mesh.plan, mesh=mesh, example=example, styles=styles, compiled=compiled)
+    cut = cut_model(model, plan=mesh.plan, mesh=mesh, example=example, styles=styles, compiled=compiled)
     held = {
         name: placed.like(torch.empty(placed.tensor.shape, dtype=placed.tensor.dtype, device=mesh.device))
         for name, placed in placed_parameters(cut, mesh, shapes).items()

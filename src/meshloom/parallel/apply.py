@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers, CannotFollow
 from meshloom.parallel.borders import border_modules
 from meshloom.parallel.borders import install as install_sequence
 from meshloom.parallel.compiled import compile_layers
+from meshloom.parallel.data import data_parallel
 from meshloom.parallel.discover import discover
 from meshloom.parallel.dropout import OwnRandom, has_dropout
 from meshloom.parallel.embeddings import Vocabulary, find_vocabulary
@@ -24,12 +26,13 @@ from meshloom.parallel.fake import fake_copy, learn_answers, trouble_of_part
 from meshloom.parallel.fit import fit
 from meshloom.parallel.flow import find_layers
 from meshloom.parallel.gather import Features, gather_around
-from meshloom.parallel.mesh import Mesh
+from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pairs import Discovery, NoShare
-from meshloom.parallel.pipeline import Pipeline, Stages, find_stages
+from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.recompute import recompute
 from meshloom.parallel.sequence import cut_sequence, sequence_example
 from meshloom.parallel.shard import Shard, mark, shard_of
+from meshloom.parallel.stages import Stages, find_stages
 from meshloom.parallel.styles import Part, cut_linear
 from meshloom.parallel.unused import find_unused
 from meshloom.parallel.vocab import CutVocabulary
@@ -124,6 +127,31 @@ def _sequence(model: nn.Module, found: Discovery, example: Mapping[str, Tensor],
 def parallelize(
     model: nn.Module,
     *,
+    plan: Plan | str,
+    mesh: Mesh | DeviceMesh | None = None,
+    example: Mapping[str, Tensor] | None = None,
+    styles: Mapping[str, str] | None = None,
+) -> nn.Module:
+    """Cut `model` in place for this rank and return it, with its gradients averaged over data parallel ranks.
+
+    `plan` may be text, such as tp2.pp2.dp2. `mesh` is `make_mesh`'s, or torch's with axes named as in the plan; by
+    default it is made of the default process group. `example` is a batch of one sequence that the forward accepts; by
+    default eight token ids. `styles` overrules what is found: a pattern of module paths -> column, row, vocabulary or
+    whole. With a pipeline, `train_step` or `.run(micro_batches)` runs it. Every rank must call this at the same point.
+    Raises PlanError if the plan cannot be taken.
+    """
+    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    if not isinstance(mesh, Mesh):
+        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        mesh = make_mesh(plan, None if device.type == "meta" else device, like=mesh)
+    elif replace(plan, num_micro_batches=1) != replace(mesh.plan, num_micro_batches=1):
+        raise PlanError(f"plan {plan}: expected a mesh made for it, got one of plan {mesh.plan}")
+    return data_parallel(cut_model(model, plan=plan, mesh=mesh, example=example, styles=styles), mesh)
+
+
+def cut_model(
+    model: nn.Module,
+    *,
     plan: Plan,
     mesh: Mesh,
     example: Mapping[str, Tensor] | None = None,
@@ -131,11 +159,10 @@ def parallelize(
     cut: tuple[Discovery, Stages | None] | None = None,
     compiled: bool = False,
 ) -> nn.Module:
-    """Cut `model` in place for this rank of `mesh` and return it; raises PlanError if the plan cannot be taken.
+    """`parallelize` but for the averaging over data parallel ranks, which generation has no use for.
 
-    `example` is a batch of one sequence that the forward accepts; by default eight token ids. `styles` overrules what
-    is found: a pattern of module paths -> column, row, vocabulary or whole. `cut` is what `find_cut` found on the same
-    model, where that is known already. `compiled` layers go through torch.compile, each by itself.
+    `cut` is what `find_cut` found on the same model, where that is known already. `compiled` layers go through
+    torch.compile, each by itself. Raises PlanError.
     """
     if example is None:
         example = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,12 @@ class InDouble(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def _in_double(model: nn.Module) -> Iterator[None]:
+    with InDouble(), experts_of_known_shape(model):  # type: ignore[no-untyped-call]  # other experts know no float64
+        yield
+
+
 def backward_all(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Forward and backward of all micro-batches; returns their mean loss, gradients are left on the parameters."""
     if isinstance(model, Pipeline):
@@ -69,13 +75,12 @@ def certify(single: nn.Module, parallel: nn.Module, batches: Sequence[Mapping[st
     Both models hold the same weights; neither may have dropout. The worst of all ranks is returned on each.
     """
     in_double = next(single.parameters()).dtype is torch.float64
-    within = InDouble() if in_double else nullcontext()  # type: ignore[no-untyped-call]
-    with within:
+    with _in_double(single) if in_double else nullcontext():
         want = float(backward_all(single, [_copy(batch) for batch in batches]))
     degree, index = mesh.degree("dp"), mesh.index("dp")
     each = len(batches) // degree
     mine = [_copy(batch) for batch in batches[index * each : (index + 1) * each]]
-    with within:
+    with _in_double(parallel) if in_double else nullcontext():
         loss = backward_all(parallel, mine).detach().double()
     if "dp" in mesh.groups:
         dist.all_reduce(loss, group=mesh.groups["dp"])

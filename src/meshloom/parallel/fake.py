@@ -141,7 +141,7 @@ def learn_answers(model: nn.Module, example: Mapping[str, Tensor]) -> Answers:
     """What a forward on real tensors asks of their values, on the roads that a fake one takes."""
 
     def run(real: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        with _left_as_it_was(real), experts_of_known_shape(real):
+        with _left_as_it_was(real), _kept_weights(real), experts_of_known_shape(real):
             real.eval()(**batch)
 
     return learn(model, example, run)
@@ -162,6 +162,18 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         for attributes, kept in zip(held, before, strict=True):
             attributes.clear()
             attributes.update(kept)
+
+
+@contextmanager
+def _kept_weights(model: nn.Module) -> Iterator[None]:
+    """After this, parameters are of the type that they had: a forward may convert its router for good."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            if parameter.dtype != data.dtype:
+                parameter.data = data
 
 
 @contextmanager

@@ -82,14 +82,16 @@ def find_layers(model: nn.Module) -> list[str]:
     return found
 
 
-def trace_flow(model: nn.Module, example: Mapping[str, Tensor], answers: Answers | None = None) -> Flow:
+def trace_flow(
+    model: nn.Module, example: Mapping[str, Tensor], answers: Answers | None = None, *, training: bool = False
+) -> Flow:
     """The flow of a forward of `model` on `example` (only shapes and dtypes count); raises PlanError if there is none.
 
     A list whose entries are not called once each, one after another, is no list of layers.
     """
     was_training = model.training
     try:
-        return _Tracer(model.eval()).run(example, answers)
+        return _Tracer(model.train(training)).run(example, answers)
     finally:
         model.train(was_training)
 

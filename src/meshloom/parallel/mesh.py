@@ -5,13 +5,14 @@ Needs torch.distributed to be initialised with as many ranks as the plan has (an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from meshloom.errors import PlanError
 from meshloom.plan import AXES, Axis, Plan
 
 
@@ -52,17 +53,29 @@ class Mesh:
         return self.plan.coordinate(self.rank)[axis]
 
 
-def make_mesh(plan: Plan, device: torch.device) -> Mesh:
+def make_mesh(plan: Plan | str, device: torch.device | None = None, *, like: DeviceMesh | None = None) -> Mesh:
     """The mesh of the calling rank; raises PlanError if the plan needs another number of ranks than were started.
 
-    Every rank must call this, at the same point: it creates process groups.
+    `device` is by default the current GPU if the process group is NCCL's, else the CPU. `like` is a mesh of torch's
+    whose groups are to serve: its axes named tp, cp, dp and pp, laid out as `Plan` says. Every rank must call this, at
+    the same point: it creates process groups.
     """
-    plan = plan.with_world_size(dist.get_world_size())
+    if not dist.is_initialized():
+        raise PlanError(
+            "expected torch.distributed to be initialised, got no process group: start ranks with torchrun, and call "
+            "torch.distributed.init_process_group first"
+        )
+    plan = (Plan.parse(plan) if isinstance(plan, str) else plan).with_world_size(dist.get_world_size())
+    if device is None:
+        on_gpu = "nccl" in dist.get_backend()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     # Slowest axis first, as DeviceMesh lays ranks out; axes of degree 1 need no group.
     axes = [axis for axis in reversed(AXES) if plan.degrees[axis] > 1]
     groups: dict[Axis, dist.ProcessGroup] = {}
+    if like is not None:
+        _check_like(plan, like, axes)
     if axes:
-        device_mesh = init_device_mesh(
+        device_mesh = like or init_device_mesh(
             device.type, tuple(plan.degrees[axis] for axis in axes), mesh_dim_names=tuple(axes)
         )
         groups = {axis: device_mesh.get_group(axis) for axis in axes}
@@ -71,6 +84,20 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
         group = dist.new_group(list(ranks))
         back_group = group if dist.get_rank() in ranks else back_group
     return Mesh(plan=plan, rank=dist.get_rank(), device=device, groups=groups, back_group=back_group)
+
+
+def _check_like(plan: Plan, like: DeviceMesh, axes: Sequence[Axis]) -> None:
+    """Raise PlanError if the mesh has other axes than the plan, or ranks in other places."""
+    names = like.mesh_dim_names or ()
+    shape = dict(zip(names, like.mesh.shape, strict=False))
+    given = ", ".join(f"{name}{size}" for name, size in shape.items()) or f"no names for {tuple(like.mesh.shape)}"
+    if {name: size for name, size in shape.items() if size > 1} != {axis: plan.degrees[axis] for axis in axes}:
+        raise PlanError(f"plan {plan}: expected a mesh with axes of these names and degrees, got {given}")
+    if like.mesh.flatten().tolist() != list(range(plan.world_size)) or [n for n in names if shape[n] > 1] != [*axes]:
+        raise PlanError(
+            f"plan {plan}: expected ranks laid out in the order of init_device_mesh with axes {', '.join(axes)}, the "
+            f"slowest first, got {given}"
+        )
 
 
 def axis_groups(plan: Plan, rank: int) -> dict[tuple[int, ...], Axis]:

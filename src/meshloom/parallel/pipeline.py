@@ -12,9 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, Output, held, trace_flow
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.schedule import SCHEDULES, Action, play
-from meshloom.plan import Plan
+from meshloom.parallel.stages import Stages
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 MESSAGE = "message:"  # the prefix of scopes that name the ranks of a message, which PyTorch's traces count in its group
@@ -40,41 +38,6 @@ MESSAGE = "message:"  # the prefix of scopes that name the ranks of a message, w
 
 class _StageOver(Exception):
     """Raised after a stage's last layer: the rest of the forward belongs to other stages."""
-
-
-def balance(costs: Sequence[float], num_stages: int) -> list[int]:
-    """Where stages begin and end, `num_stages + 1` numbers, so that the dearest stage is as cheap as can be.
-
-    `costs` are those of the layers in order. Raises PlanError if there are fewer layers than stages.
-    """
-    if len(costs) < num_stages:
-        raise PlanError(
-            f"pipeline parallel: expected at least {num_stages} layers for as many stages, got {len(costs)}"
-        )
-    # best[i]: (dearest stage, bounds) of the first i layers; Pinedo's linear partition, in O(stages · layers²)
-    best: list[tuple[float, list[int]]] = [(sum(costs[:end]), [0, end]) for end in range(len(costs) + 1)]
-    for stages in range(2, num_stages + 1):
-        best = [
-            min(
-                ((max(best[cut][0], sum(costs[cut:end])), [*best[cut][1], end]) for cut in range(stages - 1, end)),
-                default=(float("inf"), []),
-            )
-            for end in range(len(costs) + 1)
-        ]
-    return best[-1][1]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stages:
-    """What flows through a model, and where its stages begin and end: one number more than there are stages."""
-
-    flow: Flow
-    bounds: tuple[int, ...]
-
-    @property
-    def layers(self) -> list[tuple[str, ...]]:
-        """The layers of each stage."""
-        return [self.flow.layers[begin:end] for begin, end in pairwise(self.bounds)]
 
 
 class Pipeline(nn.Module):
@@ -217,7 +180,14 @@ class Pipeline(nn.Module):
             arguments[place.argument][place.key] = value
         return out
 
-    def forward(self, stage: int, batch: Mapping[str, Tensor], received: Mapping[Output, Tensor]) -> list[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise PlanError: one rank has no whole forward."""
+        raise PlanError(
+            "pipeline parallel: expected micro-batches for a schedule, got one forward of one rank; call "
+            "meshloom.train_step, or .run(micro_batches) and .loss_of(batch)"
+        )
+
+    def pass_stage(self, stage: int, batch: Mapping[str, Tensor], received: Mapping[Output, Tensor]) -> list[Tensor]:
         """What `stage` sends on; of the last stage [loss], or [logits] of a batch without labels."""
         made: dict[Output, Tensor] = dict(received)
         self._running, self._called = (stage, received, made), 0
@@ -364,7 +334,7 @@ class _Runner:
                 tensor = torch.empty(shape, dtype=dtype, device=self.mesh.device)
                 self._receive(tensor, stage - 1, mb, place, self.group)
                 received[output] = tensor.requires_grad_(dtype.is_floating_point)
-        made = self.pipeline(stage, batch, received)
+        made = self.pipeline.pass_stage(stage, batch, received)
         if stage == self.pipeline.num_stages - 1:
             made = [made[0] / len(self.micro_batches)]
             self.loss = self.loss + made[0].detach()
@@ -446,22 +416,6 @@ class _Runner:
     def _tag(self, stage: int, mb: int, place: int) -> int:
         """The same number on both ends: which stage receives, which micro-batch, which of its tensors."""
         return (stage * len(self.micro_batches) + mb) * 16 + place
-
-
-def find_stages(model: nn.Module, plan: Plan, example: Mapping[str, Tensor], answers: Answers | None = None) -> Stages:
-    """The stages of `plan`, balanced; raises PlanError if the model has too few layers, or the schedule cannot be."""
-    flow = trace_flow(model, example, answers)
-    bounds = balance(layer_costs(model, flow), plan.pp * plan.virtual_stages)
-    play(SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages))
-    return Stages(flow=flow, bounds=tuple(bounds))
-
-
-def layer_costs(model: nn.Module, flow: Flow) -> list[float]:
-    """What each layer costs, in parameters it multiplies with; the last one also bears what follows the layers."""
-    costs = [float(sum(p.numel() for p in model.get_submodule(path).parameters())) for path in flow.layers]
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    costs[-1] += sum(sizes[name] for name in flow.parameters[-1])
-    return costs
 
 
 def _hollow(parameter: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def relay(
     received = [_receive(pipeline, *shapes[output], place) for place, output in enumerate(inputs)]
 
     def forward(ids: Tensor, *received: Tensor) -> list[Any]:
-        result: list[Any] = pipeline(stage, arguments(ids), dict(zip(inputs, received)))
+        result: list[Any] = pipeline.pass_stage(stage, arguments(ids), dict(zip(inputs, received)))
         return [one.local if isinstance(one, CutLogits) else one for one in result]
 
     made = run(forward, ids, *received)

@@ -26,7 +26,7 @@ from meshloom.model.build import build_model, example_batch
 from meshloom.model.cache import Cache, make_cache
 from meshloom.model.layout import lay_out_for_one_row
 from meshloom.model.step import DTYPES, Precision, decode_step, prefill_step
-from meshloom.parallel.apply import find_cut, parallelize
+from meshloom.parallel.apply import cut_model, find_cut
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.plan import Plan
@@ -173,7 +173,7 @@ def _one_rank(
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = _in_dtype(build_model(step.config, "causal", seed=0), DTYPES[step.precision])
             example = example_batch("causal", micro_batch=1, seq_length=8)
-            model = parallelize(model, plan=step.plan, mesh=mesh, example=example, cut=cut).eval()
+            model = cut_model(model, plan=step.plan, mesh=mesh, example=example, cut=cut).eval()
             model = lay_out_for_one_row(model.requires_grad_(False))
             inner = model.model if isinstance(model, Pipeline) else model
             kinds = tensor_kinds(inner, shapes, step.plan)

@@ -17,7 +17,7 @@ from torch import nn
 
 from meshloom.errors import PlanError
 from meshloom.parallel.flow import find_layers
-from meshloom.parallel.pipeline import Stages, balance, layer_costs
+from meshloom.parallel.stages import Stages, layer_costs, stage_bounds
 from meshloom.plan import Plan
 from meshloom.synth.parts import Group, NotAlike
 
@@ -116,7 +116,7 @@ def bounds_of(costs: Sequence[float], num_layers: int, plan: Plan) -> list[int]:
             f"plan {plan}: expected at least {plan.pp * plan.virtual_stages} layers for as many stages, got "
             f"{num_layers}; use a smaller pp"
         )
-    return balance([*([costs[0]] * (num_layers - 1)), costs[-1]], plan.pp * plan.virtual_stages)
+    return stage_bounds(plan, [*([costs[0]] * (num_layers - 1)), costs[-1]])
 
 
 def reduce_pipeline(plan: Plan, bounds: Sequence[int]) -> Reduced:
@@ -132,7 +132,7 @@ def reduce_pipeline(plan: Plan, bounds: Sequence[int]) -> Reduced:
     num_layers = [sizes[chunk * plan.pp + place] for chunk in range(plan.virtual_stages) for place in chosen]
     return Reduced(
         whole=plan,
-        plan=replace(plan, pp=places),
+        plan=replace(plan, pp=places, stage_layers=tuple(num_layers) if plan.stage_layers else ()),
         stands_for=stands_for,
         num_layers=tuple(num_layers),
         bounds=tuple(bounds),

@@ -27,13 +27,14 @@ from meshloom.errors import PlanError
 from meshloom.model.build import build_model, example_batch
 from meshloom.model.config import Objective
 from meshloom.model.step import Batch, Precision, make_optimizer, train_step
-from meshloom.parallel.apply import find_cut, parallelize
+from meshloom.parallel.apply import cut_model, find_cut
 from meshloom.parallel.data import ReducerTwin, data_parallel
 from meshloom.parallel.fake import fake_copy
 from meshloom.parallel.flow import Flow, find_layers, trace_flow
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pairs import Discovery
-from meshloom.parallel.pipeline import Pipeline, Stages
+from meshloom.parallel.pipeline import Pipeline
+from meshloom.parallel.stages import Stages
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
 from meshloom.synth.folder import ROLES_FILE, RoleOfRanks, whole_folder, write_file
@@ -232,7 +233,7 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     few = with_layers(step.config, _FEW_LAYERS)
     model = build_model(few, step.objective, seed=0, device="meta")
     example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
-    probe = replace(plan, pp=3, virtual_stages=1, schedule="gpipe", num_micro_batches=1)
+    probe = replace(plan, pp=3, virtual_stages=1, schedule="gpipe", num_micro_batches=1, stage_layers=())
     _, stages = _cut_of(model, probe, example, plan, {})  # styles are not reduced
     assert stages is not None
     bounds = bounds_of(costs_of(model, stages), step.config.num_hidden_layers, plan)
@@ -358,7 +359,7 @@ def _one_rank(step: Step, config: Any, plan: Plan, place: int, tensor: int, give
         with FakeTensorMode(allow_non_fake_inputs=True):
             example = example_batch(step.objective, micro_batch=1, seq_length=8)
             model = build_model(config, step.objective, seed=0)
-            model = parallelize(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
+            model = cut_model(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
             inner = model.model if isinstance(model, Pipeline) else model
             # The learning rate is no matter here: nothing is computed.
             optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1, fused=step.fused)

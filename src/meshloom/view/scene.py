@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,9 +192,19 @@ def folder(where: str | Path, *, cluster: str | None = None) -> Folder:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, {} where there is none; raises FolderError."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return dict(_loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FolderError(f"{path}: expected JSON, got '{error}'") from error
+
+
+def _loads(text: str) -> Any:
+    """JSON with null for what is no finite number, which a browser's JSON cannot hold."""
+    return json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if isfinite(value) else None
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -201,8 +212,6 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         lines = text.split("\n")
-        return [
-            dict(json.loads(line)) for line in lines[:-1] + ([lines[-1]] if lines[-1].endswith("}") else []) if line
-        ]
+        return [dict(_loads(line)) for line in lines[:-1] + ([lines[-1]] if lines[-1].endswith("}") else []) if line]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FolderError(f"{path}: expected one JSON object a line, got '{error}'") from error
