@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 TOTAL_S = 40 * 60
 # script -> its arguments for two cores, and its limit in seconds
 SCRIPTS: dict[str, tuple[list[str], float]] = {
+    "train": (["--steps", "300"], 180),
     "startup": (["--plans", "dp1,dp2", "--rounds", "3"], 180),
     "plan": (["--rounds", "1"], 300),
     "simulate": ([], 180),
@@ -29,6 +30,8 @@ SCRIPTS: dict[str, tuple[list[str], float]] = {
     "generate": (["--smallest", "--rounds", "3"], 240),
     "parallel": (["--rounds", "10", "--only", "tp2"], 300),
     "kill_saves": (["--kills", "10", "--plans", "dp1"], 180),
+    "kill_ranks": (["--plans", "dp2", "--kills", "2"], 180),
+    "parity": (["--steps", "20"], 240),
     "main_job": ([], 420),
 }
 
