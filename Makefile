@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check check-security format bench docs package clean
+.PHONY: demo test test-slow test-faults check check-security format bench docs package clean
 
 .venv/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,8 +13,9 @@ BIN := .venv/bin
 
 .venv/.dev: .venv/.runtime
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	# the reference package, only to hold our files against; without the notebook stack that it asks for
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps mlc-chakra
+	# the reference package, only to hold our files against, without the notebook stack that it asks for; and axe, whose
+	# script is all that is used of it, without playwright
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps mlc-chakra axe-playwright-python
 	touch $@
 
 demo: .venv/.runtime
@@ -32,6 +33,9 @@ test: check
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
 
+test-faults: .venv/.dev
+	$(BIN)/python -m pytest -m faults
+
 format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -43,7 +47,8 @@ bench: .venv/.dev
 # pip-audit asks a database of known faults, so it needs a network
 check-security: .venv/.dev
 	$(BIN)/bandit -q -r src/meshloom -ll -c pyproject.toml
-	$(BIN)/pip-audit --skip-editable
+	$(BIN)/pip-audit --strict --skip-editable || { echo "pip-audit: a fault was found, or its database could not be asked: \
+	it needs the network; bandit found nothing" >&2; exit 1; }
 
 package: .venv/.dev
 	$(BIN)/python benchmarks/package.py

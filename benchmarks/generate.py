@@ -1,8 +1,10 @@
 """Generation against transformers' own: ms a token with a static cache on one process, and host time with tp2 on gloo.
 
 Both generate the same tokens greedily from the same weights, in turn, in one process; time is that of the whole call,
-prompt and all. Host time is what the thread of the step spends on the CPU, so not what it waits for others.
-`--json` prints the figures, `--write` puts them into RESULTS.md, `--smallest` runs one model for a moment.
+prompt and all. Host time is what the thread of the step spends on a processor, kernels of the CPU included, so not what
+it waits for others; the median step counts, for a step in which the system took the thread away finds cold caches.
+`--json` prints the figures, `--write` puts them into RESULTS.md, `--smallest` runs one model for a moment; `--part`
+runs one half, and `--write` then leaves the other half of RESULTS.md as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,13 +43,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2 6x384": {"model_type": "gpt2", "n_embd": 384, "n_layer": 6, "n_head": 6, "vocab_size": 8192},
     "gpt2 124M": {"model_type": "gpt2"},
 }  # fmt: skip
+HOST_CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2 2x128": CONFIGS["gpt2 2x128"],
+    "gpt2 12x128": {**CONFIGS["gpt2 2x128"], "n_layer": 12},
+    "llama 12x256": {**CONFIGS["llama 4x128"], "num_hidden_layers": 12, "hidden_size": 256, "intermediate_size": 688},
+}
 TARGET, TARGET_TP = 0.7, 1.5
 PROMPT = [(7 * place) % 500 + 2 for place in range(32)]
 
 
 def config(name: str) -> Any:
     """The model's config, which never ends a text."""
-    return AutoConfig.for_model(**{**CONFIGS[name], **_NO_END, "initializer_range": 0.1})
+    return AutoConfig.for_model(**{**CONFIGS, **HOST_CONFIGS}[name] | _NO_END | {"initializer_range": 0.1})
 
 
 def one_process(name: str, new_tokens: int, rounds: int, threads: int, folder: str) -> None:
@@ -104,7 +112,7 @@ def host_time(name: str, plan: str, new_tokens: int, folder: str) -> None:
 
         generate(model, [PROMPT], mesh=mesh, max_new_tokens=new_tokens, sampling=Sampling(), on_tokens=note)
         first = 5  # steps that record and check
-        told = [(times[-1] - times[first]) / (len(times) - 1 - first) * 1e6 for times in (host, wall)]
+        told = [[(end - begin) * 1e6 for begin, end in pairwise(times[first:])] for times in (host, wall)]
         (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(told))
 
 
@@ -115,38 +123,54 @@ def launch(function: Callable[..., None], *arguments: Any, num_ranks: int) -> di
         return {path.stem: json.loads(path.read_text()) for path in Path(folder).glob("*.json")}
 
 
-def measure(names: list[str], new_tokens: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Everything."""
-    single = {name: launch(one_process, name, new_tokens, rounds, threads, num_ranks=1)["told"] for name in names}
-    small = names[0]
-    found: dict[str, list[list[float]]] = {"dp1": [], "tp2": []}
-    for _ in range(rounds):
-        for plan, of_plan in found.items():
-            told = launch(host_time, small, plan, new_tokens, num_ranks=Plan.parse(plan).world_size)
-            of_plan.append([max(rank[kind] for rank in told.values()) for kind in (0, 1)])
-    layers = int(config(small).num_hidden_layers)
-    tensor = {plan: [median(row[kind] for row in rows) / layers for kind in (0, 1)] for plan, rows in found.items()}
-    return {"machine": machine(), "one_process": single, "host_model": small, "us_a_token_and_layer": tensor}
+def measure_single(names: list[str], new_tokens: int, rounds: int, threads: int) -> dict[str, Any]:
+    """Ms a token of each model on one process."""
+    return {name: launch(one_process, name, new_tokens, rounds, threads, num_ranks=1)["told"] for name in names}
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+def measure_host(names: list[str], new_tokens: int, rounds: int) -> dict[str, Any]:
+    """Host and wall time a token and layer, in µs, of each model and plan: of its slower rank, steps of all rounds."""
+    found: dict[str, Any] = {}
+    for name in names:
+        steps: dict[str, dict[str, list[list[float]]]] = {"dp1": {}, "tp2": {}}
+        for _ in range(rounds):
+            for plan, of_plan in steps.items():
+                told = launch(host_time, name, plan, new_tokens, num_ranks=Plan.parse(plan).world_size)
+                for rank, times in told.items():
+                    of_rank = of_plan.setdefault(rank, [[], []])
+                    for kind in (0, 1):
+                        of_rank[kind] += times[kind]
+        layers = int(config(name).num_hidden_layers)
+        found[name] = {
+            plan: [max(median(times[kind]) for times in of_plan.values()) / layers for kind in (0, 1)]
+            for plan, of_plan in steps.items()
+        }
+    return found
+
+
+def single_table(results: dict[str, Any]) -> str:
+    """The times of one process as Markdown."""
     rows = [
         "| model | parameters | transformers, static cache: ms/token | ours | of it | ours without replaying | of it | "
         "same tokens |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, told in results["one_process"].items():
+    for name, told in results.items():
         theirs, ours, plain = (median(told["ms"][way]) for way in ("transformers", "ours", "ours, plainly"))
         times = f"{theirs:.2f} | {ours:.2f} | {ours / theirs:.2f} | {plain:.2f} | {plain / theirs:.2f}"
         same = "yes" if told["same_tokens"] else "no"
         rows.append(f"| {name} | {told['parameters'] / 1e6:.1f} M | {times} | {same} |")
-    rows += ["", f"Medians of rounds in turn, one thread unless told; the aim is {TARGET} of transformers'.", ""]
-    rows += ["| plan | host µs a token and layer | wall µs | host, of one process |", "|---|---|---|---|"]
-    times = results["us_a_token_and_layer"]
-    for plan, (host, wall) in times.items():
-        rows.append(f"| {plan} | {host:.0f} | {wall:.0f} | {host / times['dp1'][0]:.2f} |")
-    rows += ["", f"{results['host_model']}, gloo, one thread a rank; the slower rank counts; the aim is {TARGET_TP}."]
+    rows += ["", f"Medians of rounds in turn, one thread unless told; the aim is {TARGET} of transformers'."]
+    return "\n".join(rows)
+
+
+def host_table(results: dict[str, Any]) -> str:
+    """Host times as Markdown."""
+    rows = ["| model | plan | host µs a token and layer | wall µs | host, of one process |", "|---|---|---|---|---|"]
+    for name, times in results.items():
+        for plan, (host, wall) in times.items():
+            rows.append(f"| {name} | {plan} | {host:.0f} | {wall:.0f} | {host / times['dp1'][0]:.2f} |")
+    rows += ["", f"gloo, one thread a rank; the median step of the slower rank; the aim is {TARGET_TP}."]
     return "\n".join(rows)
 
 
@@ -159,14 +183,24 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the one process; more than free cores only wait")
+    parser.add_argument("--part", choices=["single", "host"], help="one half only")
     options = parser.parse_args()
-    names = list(CONFIGS)[:1] if options.smallest else list(CONFIGS)
+    most = 1 if options.smallest else None
     if options.smallest:
         options.new_tokens, options.rounds = 32, 3
-    results = measure(names, options.new_tokens, options.rounds, options.threads)
-    print(json.dumps(results) if options.json else table(results))
-    if options.write:
-        write_section(section("Generation", "python benchmarks/generate.py --write", table(results)))
+    results: dict[str, Any] = {"machine": machine()}
+    tables = {}
+    if options.part != "host":
+        names = list(CONFIGS)[:most]
+        results["one_process"] = measure_single(names, options.new_tokens, options.rounds, options.threads)
+        tables["Generation"] = single_table(results["one_process"])
+    if options.part != "single":
+        results["us_a_token_and_layer"] = measure_host(list(HOST_CONFIGS)[:most], options.new_tokens, options.rounds)
+        tables["Generation: host time"] = host_table(results["us_a_token_and_layer"])
+    print(json.dumps(results) if options.json else "\n\n".join(tables.values()))
+    for title, text in tables.items() if options.write else ():
+        part = "host" if "host" in title else "single"
+        write_section(section(title, f"python benchmarks/generate.py --part {part} --write", text))
 
 
 if __name__ == "__main__":

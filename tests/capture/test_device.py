@@ -141,3 +141,73 @@ def test_a_file_that_is_neither(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"layers": []}')
     with pytest.raises(TraceError, match="expected a PyTorch execution trace or a Kineto trace"):
         convert_rank(tmp_path / "a.json", None, tmp_path / "rank0.et")
+
+
+def _pair(tmp_path: Path, *, waits_for: int) -> dict[str, Node]:
+    """A product, two collectives after one another, a wait for the `waits_for`-th, and a kernel after it.
+
+    As PyTorch's NCCL groups write it by default: the driver's words on waits are not in the device file.
+    """
+    half = [[1, 1, 0, 64, 4, "cuda:0"]]
+    nccl = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevComm*)"
+
+    def node(number: int, name: str, inputs: list[Any], schema: str = "") -> dict[str, Any]:
+        types = ["GenericList[Tensor(float)]" if type(value) is list and value else "Int" for value in inputs]
+        return {"name": name, "id": number, "rf_id": number, "parent": 1, "fw_parent": 0, "seq_id": -1, "scope": 0,
+                "tid": 1, "fw_tid": 0, "op_schema": schema, "inputs": inputs, "input_shapes": [[]] * len(inputs),
+                "input_types": types, "outputs": [], "output_shapes": [], "output_types": []}  # fmt: skip
+
+    def params(number: int, what: list[Any], name: str) -> dict[str, Any]:
+        return node(number, "record_param_comms", [*what, 40 + number // 10, 7, 0, name, [], [], 2])
+
+    nodes = [node(2, "fused", []), params(11, [half], "allreduce"), params(21, [half], "allreduce"),
+             node(32, "fused", []), params(10 * waits_for + 2, [], "wait"), node(34, "fused", []),
+             node(10, "c10d::allreduce_", [half, 0, 0], "c10d::allreduce_(Tensor[] a) -> ()"),
+             node(20, "c10d::allreduce_", [half, 0, 0], "c10d::allreduce_(Tensor[] a) -> ()")]  # fmt: skip
+    (tmp_path / "host.json").write_text(json.dumps({"schema": "1.0.1", "nodes": nodes}))
+    told = {"rank": 0, "world_size": 2, "pg_config": [{"pg_name": "0", "ranks": [0, 1]}]}
+
+    def op(number: int, name: str, ts: float, dur: float) -> dict[str, Any]:
+        return _event("cpu_op", name, ts, dur, **{"Record function id": number})
+
+    def launched(name: str, correlation: int, ts: float, stream: int, start: float, dur: float) -> list[Any]:
+        return [_event("cuda_runtime", "cudaLaunchKernel", ts, 1, correlation=correlation),
+                _event("kernel", name, start, dur, tid=stream, stream=stream, correlation=correlation)]  # fmt: skip
+
+    events = [
+        op(2, "fused", 0, 3), *launched("product", 1, 1, 7, 10, 10),
+        op(10, "c10d::allreduce_", 10, 6), op(11, "record_param_comms", 11, 4), *launched(nccl, 2, 12, 24, 20, 20),
+        op(20, "c10d::allreduce_", 20, 6), op(21, "record_param_comms", 21, 4), *launched(nccl, 3, 22, 24, 40, 20),
+        op(32, "fused", 30, 3), *launched("beside", 4, 31, 7, 31.5, 5),
+        op(10 * waits_for + 2, "record_param_comms", 35, 1),
+        op(34, "fused", 38, 3), *launched("after", 5, 39, 7, 20 + 20 * waits_for, 5),
+    ]  # fmt: skip
+    (tmp_path / "device.json").write_text(json.dumps({"traceEvents": events, "distributedInfo": told}))
+    trace, _ = convert_rank(tmp_path / "host.json", tmp_path / "device.json", tmp_path / "rank0.et")
+    assert check(trace) == []
+    kernels = [each for each in trace.nodes if each.get("stream") is not None]
+    return dict(zip(("product", "first", "second", "beside", "after"), kernels))
+
+
+@pytest.mark.parametrize("waits_for", [1, 2])
+def test_what_pytorch_notes_of_waits_orders_the_streams(tmp_path: Path, waits_for: int) -> None:
+    nodes = _pair(tmp_path, waits_for=waits_for)
+    ids = {name: node.id for name, node in nodes.items()}
+    assert ids["product"] in nodes["first"].ctrl_deps  # a collective begins after what its thread launched before
+    assert not {ids["first"], ids["second"]} & {*nodes["beside"].ctrl_deps, *nodes["beside"].data_deps}
+    waited, other = ("first", "second") if waits_for == 1 else ("second", "first")
+    assert ids[waited] in nodes["after"].ctrl_deps
+    assert ids[other] not in nodes["after"].ctrl_deps
+
+
+@pytest.mark.shared
+def test_what_computes_next_waits_for_each_all_reduce_of_megatron(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "traces" / "megatron_gpt8b_tp8_8xA100"
+    trace, _ = convert_rank(folder / "host_0.json.gz", folder / "device_0.json.gz", tmp_path / "a.et")
+    kernels = [node for node in trace.nodes if node.get("stream") is not None]
+    waited = 0
+    for place, node in enumerate(kernels):
+        if node.is_comm:
+            after = next(each for each in kernels[place:] if each.get("stream") != node.get("stream"))
+            waited += node.id in after.ctrl_deps or node.id in after.data_deps
+    assert waited == sum(node.is_comm for node in kernels) == 84

@@ -78,9 +78,11 @@ def test_it_is_estimated_for_the_hardware_that_is_named(capsys: pytest.CaptureFi
     assert all(0.1 < item["mfu"] < 0.9 for item in told.values())
 
 
-def test_what_the_closed_form_does_not_know_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("train", "--model", "mixtral-8x7b", "--tokenizer", "bytes", "--data", "sample", "--plan", "tp2")
-    assert "no estimate of memory and time: mixtral-8x7b: a mixture of experts" in _dry(capsys, *arguments)
+def test_what_the_closed_form_does_not_know_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "kv_lora_rank": 16, **sizes}))
+    arguments = ("train", "--model", str(tmp_path), "--tokenizer", "bytes", "--data", "sample", "--plan", "dp2")
+    assert "multi-head latent attention (kv_lora_rank), which the closed form does not know" in _dry(capsys, *arguments)
 
 
 def test_nothing_is_downloaded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,9 @@ def test_a_run_whose_process_was_killed_has_failed(meshloom: Meshloom, tmp_path:
     assert (told["state"], told["reason"]) == ("failed", "its process is gone and left no word")
 
 
-@pytest.mark.parametrize("changed", [{"created": 1.0}, {"command": ["other"]}, {"pid": 2**22 - 1}])
+@pytest.mark.parametrize(
+    "changed", [{"created": 1.0, "since_boot": "of another boot 1"}, {"command": ["other"]}, {"pid": 2**22 - 1}]
+)
 def test_another_process_of_the_same_number_is_not_taken_for_the_run(changed: dict[str, Any]) -> None:
     described = describe_process()
     assert find_process(described) == psutil.Process(os.getpid())

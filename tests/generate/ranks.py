@@ -12,10 +12,12 @@ from transformers import AutoConfig
 
 from meshloom.generate import engine
 from meshloom.generate.engine import generate
-from meshloom.generate.sample import Sampler, Sampling
+from meshloom.generate.sample import Sampling
+from meshloom.model import tape
 from meshloom.model.layout import lay_out_for_one_row
 from meshloom.model.tape import Replay
 from meshloom.model.weights import build_part
+from meshloom.parallel.candidates import most_likely
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.vocab import CutLogits
@@ -55,6 +57,7 @@ def run(plan: str, folder: str) -> None:
             lay_out_for_one_row(model)
             told[family] = {way: _continue(model, mesh, sampling) for way, sampling in WAYS.items()}
             told[family]["one"], logits, told[family]["why not replayed"] = _watched(model, mesh)
+            told[family]["replayed"], told[family]["sums a step"] = _counted(model, mesh)
             torch.save(logits, Path(folder) / f"{family}.{mesh.rank}.pt")
         (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(told))
 
@@ -63,27 +66,43 @@ def _continue(model: Any, mesh: Mesh, sampling: Sampling) -> list[list[int]]:
     return generate(model, PROMPTS, mesh=mesh, max_new_tokens=NEW, sampling=sampling).tokens
 
 
+def _counted(model: Any, mesh: Mesh) -> tuple[list[int], float]:
+    """The tokens of the first prompt alone, and how many reductions over the group a replayed step makes."""
+    count, reduce = 0, tape._reduce
+
+    def counting(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        reduce(*arguments)
+
+    tape._reduce = counting
+    try:
+        tokens = generate(model, PROMPTS[:1], mesh=mesh, max_new_tokens=NEW, sampling=Sampling()).tokens[0]
+    finally:
+        tape._reduce = reduce
+    return tokens, count / (NEW - 3)  # the prefill and two steps that are recorded are no replays
+
+
 def _watched(model: Any, mesh: Mesh) -> tuple[list[int], Tensor, str | None]:
     """The tokens of the first prompt alone, the logits by which they were chosen, and why steps were not replayed."""
     logits: list[Tensor] = []
     replays: list[Replay] = []
 
-    class Watching(Sampler):
-        def __call__(self, found: Tensor | CutLogits) -> Tensor:
-            logits.append((found.whole() if isinstance(found, CutLogits) else found).clone())
-            return super().__call__(found)
+    def watching(found: Tensor | CutLogits) -> Tensor:
+        logits.append((found.whole() if isinstance(found, CutLogits) else found).clone())
+        return most_likely(found)
 
     class Kept(Replay):
         def __init__(self) -> None:
             super().__init__()
             replays.append(self)
 
-    before = engine.Sampler, engine.Replay
-    engine.Sampler, engine.Replay = Watching, Kept  # type: ignore[misc]
+    before = engine.most_likely, engine.Replay
+    engine.most_likely, engine.Replay = watching, Kept  # type: ignore[misc]
     try:
         tokens = generate(model, PROMPTS[:1], mesh=mesh, max_new_tokens=NEW, sampling=Sampling()).tokens[0]
     finally:
-        engine.Sampler, engine.Replay = before  # type: ignore[misc]
+        engine.most_likely, engine.Replay = before  # type: ignore[misc]
     return (
         tokens,
         torch.cat(logits) if logits else torch.empty(0),

@@ -48,6 +48,11 @@ def test_tokens_and_logits_are_those_of_transformers(told: tuple[str, Path], fam
         assert tokens["one"] == alone.sequences[0, len(PROMPTS[0]) :].tolist()
         assert tokens["greedy"] == both[:, ids.shape[1] :].tolist()
         assert tokens["why not replayed"] is None
+        assert tokens["replayed"] == tokens["one"]
+        cut = Plan.parse(plan)
+        # two a layer of the stage; one of the embedding, and one for the likeliest token, on the first and last stage
+        ends = (rank < cut.tp) + (rank >= num_ranks - cut.tp)
+        assert tokens["sums a step"] == (2 * 4 / cut.pp + ends if cut.tp > 1 else 0)
     logits = torch.load(folder / f"{family}.{num_ranks - 1}.pt")
     torch.testing.assert_close(logits, torch.cat(alone.logits), rtol=0, atol=1e-5)
 

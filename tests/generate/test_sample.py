@@ -11,6 +11,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from meshloom.errors import UsageError
 from meshloom.generate.sample import Sampler, Sampling, draw
 from meshloom.parallel.candidates import candidates, most_likely
+from meshloom.parallel.vocab import CutLogits, Part
 
 
 @given(seed=st.integers(0, 999), top_k=st.integers(0, 40), top_p=st.floats(0.05, 1.0), temperature=st.floats(0.2, 3.0))
@@ -68,3 +69,36 @@ def test_a_flat_distribution_is_drawn_from_whole() -> None:
 def test_numbers_that_cannot_be(arguments: dict[str, float], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         Sampling(**arguments)  # type: ignore[arg-type]
+
+
+def test_parts_of_the_vocabulary_find_the_same_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maximum over ranks is that over their numbers; a collective in the place of gloo's takes it."""
+    rows = torch.randn(40, 31, generator=torch.Generator().manual_seed(2)) * 4
+    rows[0] = 0.0
+    rows[1, ::3] = -0.0
+    rows[2] = -5.0  # equal on all ranks, below 0
+    rows[3] = rows[3].abs() + 1e30
+    rows[4] = -rows[4].abs() - 1e30
+    rows[5] = float("-inf")
+    rows[6, 7] = rows[6, 20] = rows[6].max() + 1  # equal on two ranks
+    found = []
+
+    def keep(numbers: torch.Tensor, reduction: str, name: str) -> torch.Tensor:
+        assert reduction == "max"
+        found.append(numbers.clone())
+        return numbers if len(found) < 3 else numbers.copy_(torch.stack(found).max(dim=0).values)
+
+    class Group:
+        group_name = "0"
+
+    class Collectives:
+        all_reduce_ = staticmethod(keep)
+        wait_tensor = staticmethod(lambda tensor: tensor)
+
+    monkeypatch.setattr("meshloom.parallel.candidates._functional", Collectives)
+    for rank in range(3):
+        part = Part(size=31, index=rank, degree=3, group=Group())  # type: ignore[arg-type]
+        begin, end = part.range
+        chosen = most_likely(CutLogits(rows[:, begin:end].contiguous(), part))
+    assert chosen.tolist() == rows.argmax(dim=-1).tolist()
+    assert chosen.dtype == torch.int64

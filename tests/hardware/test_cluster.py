@@ -51,6 +51,11 @@ def test_a_users_cluster_names_a_device_file_beside_it(tmp_path: Path) -> None:
         ('device = "h100-sxm"', "device = 3", "expected device to name"),
         ("num_hosts = 1", "num_hosts = [", "expected a TOML file that describes a cluster"),
         ("latency_ns = 1500", "latency_ns = -1", "latency_ns to be a number of at least 0"),
+        ("latency_ns = 1500", "latency_ns = nan", "latency_ns to be a number of at least 0, got nan"),
+        ("latency_ns = 1500", "latency_ns = 1500\nlatency_us = 1", "latency_ns or latency_us, which mean the same"),
+        ("efficiency = 0.8", "efficiency = 0", "efficiency to be a part of the whole"),
+        ("efficiency = 0.8", "efficiency = 1.2", "efficiency to be a part of the whole"),
+        ("efficiency = 0.8", "group_size = 1.5", "group_size to be a whole number"),
     ],
 )
 def test_a_bad_file_is_told_in_one_line(tmp_path: Path, old: str, new: str, told: str) -> None:
@@ -75,6 +80,32 @@ def test_units_are_read_off_the_keys(tmp_path: Path) -> None:
     assert mine.memory_bytes_per_second == theirs.memory_bytes_per_second
 
 
+def _plain(more: str = "", **fields: object) -> str:
+    device = {"tflops": 100, "memory_gb": 80, "bandwidth_gb_s": 1000, **fields}
+    told = ", ".join(f'"{name}": {value}' for name, value in device.items())
+    return f'{{"devices": [{{{told}}}]{more}}}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("memory_bytes_per_second = 3352000000000.0", "memory_bytes_per_second = 0", "per_second above 0"),
+        ("memory_bytes_per_second = 3352000000000.0", "memory_bytes_per_second = nan", "of at least 0, got nan"),
+        ("memory_bytes = 85520809984", "memory_bytes = 85520809984\nmemory_gb = 80", "memory_bytes or memory_gb"),
+        ("num_multiprocessors = 132", "num_multiprocessors = 0", "num_multiprocessors above 0"),
+        ("bfloat16 = 989400000000000.0", "bfloat16 = 0", "a peak above 0 for bfloat16"),
+        ("sustained = 0.725", "sustained = 1.5", "sustained to be a part of the whole"),
+        ("memory_efficiency = 0.885", "memory_efficiency = 0", "memory_efficiency to be a part of the whole"),
+    ],
+)
+def test_a_device_that_would_never_end_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
+    spec = _spec("h100-sxm")
+    assert old in spec
+    (tmp_path / "bad.toml").write_text(spec.replace(old, new, 1))
+    with pytest.raises(HardwareError, match=told):
+        load_device(str(tmp_path / "bad.toml"))
+
+
 def test_plain_json(tmp_path: Path) -> None:
     path = tmp_path / "gpus.json"
     path.write_text(
@@ -88,6 +119,12 @@ def test_plain_json(tmp_path: Path) -> None:
         ("[]", "list of at least one"),
         ('{"devices": [{}]}', "with tflops above 0"),
         ("{", "expected JSON"),
+        (_plain(tflops="NaN"), "tflops to be a number above 0, got nan"),
+        (_plain(bandwidth_gb_s=0), "bandwidth_gb_s to be a number above 0, got 0"),
+        (_plain(flops=5), "tflops 100 and flops 5 contradict each other"),
+        (_plain(more=', "memory": {"memory_gb": 40}'), "memory says memory_gb 40, the device 80; keep one"),
+        (_plain(more=', "network": {"bandwidth_gb_s": 0}'), "bandwidth_gb_s to be a number above 0"),
+        ('{"devices": [{"tflops": 1}, {"tflops": 2}]}', "tflops is 1 of the first and 2 of device 1"),
     ):
         path.write_text(bad)
         with pytest.raises(HardwareError, match=told):

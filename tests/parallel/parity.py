@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from meshloom.parallel.certify import InDouble
 from meshloom.parallel.launch import rank_context, run_ranks
 from meshloom.parallel.mesh import make_mesh
 from meshloom.parallel.shard import shard_of
-from meshloom.plan import Plan
+from meshloom.plan import Plan, Recompute
 
 UNEVEN = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 6, "hidden_size": 48}
 SMALL = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -88,7 +89,8 @@ class _Sizes(TorchDispatchMode):
 def compare(out: str, plan: str, spoil: bool, families: list[str]) -> None:
     """On each rank; rank 0 writes what both found."""
     with rank_context("cpu") as device:
-        mesh = make_mesh(Plan.parse(plan), device)
+        text, _, mode = plan.partition("+")
+        mesh = make_mesh(replace(Plan.parse(text), recompute=cast(Recompute, mode or "none")), device)
         found = {}
         for name in families or FAMILIES:
             config = FAMILIES[name]
@@ -136,5 +138,5 @@ if __name__ == "__main__":
     families = [name for name in rest if name != "--spoil"]
     run_ranks(
         compare, target, plan, "--spoil" in rest, families,
-        num_ranks=Plan.parse(plan).world_size, log_dir=Path(target).parent / "logs",
+        num_ranks=Plan.parse(plan.partition("+")[0]).world_size, log_dir=Path(target).parent / "logs",
     )  # fmt: skip

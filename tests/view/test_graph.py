@@ -16,13 +16,13 @@ from meshloom.chakra.build import Region, TraceBuilder
 from meshloom.chakra.check import check
 from meshloom.chakra.cost import Cost, Tensor
 from meshloom.chakra.file import write
-from meshloom.chakra.formats import FORMS
+from meshloom.chakra.formats import FORMS, read_any
 from meshloom.chakra.trace import CommType, Node, NodeType, Trace
 from meshloom.cli.__main__ import _run, cli
 from meshloom.errors import UsageError
 from meshloom.view.draw import png, svg
 from meshloom.view.graph import Choice, contracted, part_of, short_name, step_graph
-from meshloom.view.graph_files import checked, read_source, visualize_trace, write_graph
+from meshloom.view.graph_files import checked, read_source, visualize_trace, write_graph, write_part
 from meshloom.view.place import in_layers, place
 
 NASTY = "<script>alert(\"x\")</script> & '한국어' \x01"
@@ -210,3 +210,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert _run(["view", "graph", str(tmp_path / "rank0.et"), *arguments]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_the_chosen_part_as_chakra_json_is_a_trace_that_check_reads(tmp_path: Path) -> None:
+    trace = step()
+    path = write_part(trace, tmp_path / "part.chakra.json", Choice())
+    assert [node.name for node in read_any(path)[0].nodes] == [node.name for node in trace.nodes]

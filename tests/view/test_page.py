@@ -115,9 +115,9 @@ def test_theme_and_language_switch(page: Any, file: Path) -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page: Any, file: Path, theme: str) -> None:
-    pytest.importorskip("axe_core_python", reason="needs axe-core-python (the dev extra)")
+    pytest.importorskip("axe_playwright_python", reason="needs axe-playwright-python (make installs it)")
     opened(page, file, theme=theme)
-    page.execute_script((resources.files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
+    page.execute_script((resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
     told = page.execute_async_script("axe.run().then(arguments[0])")
     worst = [
         (each["id"], each["nodes"][0]["html"])

@@ -18,7 +18,10 @@ from meshloom.capture.device import Args, Kernel, Launch
 from meshloom.capture.host import TensorRef, written
 from meshloom.capture.link import Launched, Linked, Op, backend_events, in_order, link, longest_kernels, own_times
 from meshloom.capture.notes import Notes, notes_of, read_notes
-from meshloom.capture.tensors import ITEMSIZES, num_bytes, numbers, regions, tensor
+from meshloom.capture.storages import Storages
+from meshloom.capture.tensors import ITEMSIZES, num_bytes, numbers, tensor
+from meshloom.capture.waits import PARAMS, NotedWaits
+from meshloom.capture.working import Working
 from meshloom.chakra.build import TraceBuilder
 from meshloom.chakra.cost import Cost, cost
 from meshloom.chakra.file import paused_collection, write
@@ -31,19 +34,6 @@ MESSAGE = "message:"  # names the ranks of a message, as in message:0>2
 
 _HOST = Cost(0, 0, "host")
 _PART = Cost(0, 0, "memory")  # a further kernel of an op whose cost another one carries
-_NUMBER_DTYPES = ("float64", "int64", "bool")  # what PyTorch makes of Python numbers
-
-# Ops that others are made of, for host traces that came without a recorder's notes.
-_COMPOSITE = frozenset((
-    "aten::linear", "aten::matmul", "aten::to", "aten::contiguous", "aten::reshape", "aten::dropout",
-    "aten::layer_norm", "aten::softmax", "aten::log_softmax", "aten::cross_entropy_loss",
-    "aten::scaled_dot_product_attention", "aten::nll_loss", "aten::nll_loss_nd", "aten::flatten",
-    "aten::unflatten", "aten::einsum", "aten::conv1d", "aten::conv2d", "aten::batch_norm", "aten::group_norm",
-    "aten::rms_norm", "aten::instance_norm", "aten::max_pool2d", "aten::adaptive_avg_pool2d", "aten::chunk",
-    "aten::narrow", "aten::expand_as", "aten::type_as", "aten::square", "aten::std", "aten::var", "aten::tile",
-    "aten::repeat_interleave", "aten::pad", "aten::outer", "aten::lstm", "aten::gru", "aten::cosine_similarity",
-    "aten::dropout_", "aten::relu6",
-))  # fmt: skip
 
 
 def convert_rank(
@@ -78,7 +68,8 @@ class _Converter:
     def __init__(self, linked: Linked, notes: Notes) -> None:
         self.ops, self.notes, self.warnings = linked.ops, notes, linked.warnings
         self.linked = linked
-        self.composite = _COMPOSITE if notes.composite_ops is None else frozenset(notes.composite_ops)
+        self.working = Working(linked.ops, notes.composite_ops)
+        self.storages = Storages(linked.ops)
         starts = [op.start_ns for op in linked.ops[:1]] + [item.kernel.start_ns for item in linked.kernels[:1]]
         self.base_ns = min(starts, default=0)
         self.builder = TraceBuilder(
@@ -102,12 +93,13 @@ class _Converter:
         }
         self.carried = {self._c10d_of(item.op) for item in linked.kernels if is_communication(item.kernel.name)}
         self.next_collective = 0
-        self.written_storages = {ref.storage for op in self.ops for ref in op.outputs if op.schema}
         self.last_kernel: dict[int, int] = {}  # stream -> node
         self.last_host: int | None = None
         self.started_threads: set[int] = set()
         self.waited: dict[int, list[int]] = {}  # thread -> kernels that it has waited for
         self.stream_waits: dict[int, list[int]] = {}  # stream -> kernels of others that its next one waits for
+        told = any(call.wait_record >= 0 for call in linked.waits)  # by the driver, which knows best
+        self.noted_waits = None if told else NotedWaits()
         self.recorded: dict[int, dict[int, int]] = {}  # correlation of an event's note -> last kernels at that moment
 
     def trace(self) -> Trace:
@@ -121,15 +113,9 @@ class _Converter:
                 else:
                     self._order(item)
             except (TypeError, ValueError, IndexError, OverflowError) as error:
-                name = (
-                    self.ops[item].name
-                    if isinstance(item, int)
-                    else item.kernel.name
-                    if isinstance(item, Launched)
-                    else item.name
-                )
                 raise TraceError(
-                    f"rank {self.notes.rank}: {name}: expected arguments as PyTorch writes them, got others ({error})"
+                    f"rank {self.notes.rank}: {_name(item, self.ops)}: expected arguments as PyTorch writes them, "
+                    f"got others ({error})"
                 ) from error
         return self.builder.finish()
 
@@ -137,6 +123,8 @@ class _Converter:
 
     def _host(self, index: int, op: Op) -> None:
         self._label(index, op)
+        if self.noted_waits is not None:
+            self.noted_waits.note(op)
         # What a backend's own thread does is part of the collective it serves.
         if (
             op.name.startswith((PHASE, MODULE, MESSAGE))
@@ -144,16 +132,22 @@ class _Converter:
             or op.name.startswith("gloo:")
         ):
             return
+        inside = op.parent >= 0 and self.inside_work[op.parent]
+        if self.working.hands_on(index):
+            self._scope(index, op)
+            return
+        if self.has_device or not inside:  # what lies inside is no news
+            self.storages.begin(op)
         if op.name.startswith("c10d::") and self._communicates(index, op):
             self._communicate(index, op)
-        elif self.has_device or (op.parent >= 0 and self.inside_work[op.parent]):
+        elif self.has_device or inside:
             self.inside_work[index] = not self.has_device
             self._scope(index, op)
         elif op.name.startswith("_c10d_functional::"):
             # It copies its input for the c10d op inside to change: the copy is part of the communication.
             self.inside_work[index] = True
             self._scope(index, op, moves=True)
-        elif op.schema and op.name not in self.composite and (work := self._work(op)).op_class != "host":
+        elif op.schema and self.working.is_whole(index) and (work := self._work(op)).op_class != "host":
             self.inside_work[index] = True
             self._compute(index, op, work)
         else:
@@ -207,8 +201,8 @@ class _Converter:
             scope=True,
             lane=("thread", op.thread),
             after=self._before(op),
-            reads=regions([ref for refs in op.inputs for ref in refs]) if moves else (),
-            writes=regions(op.outputs) if moves else (),
+            reads=self.storages.regions([ref for refs in op.inputs for ref in refs]) if moves else (),
+            writes=self.storages.regions(op.outputs) if moves else (),
             duration_ns=self.own_ns[index],
             **self._attrs(index, op),
         )
@@ -221,13 +215,8 @@ class _Converter:
         )
 
     def _inputs(self, op: Op) -> list[TensorRef]:
-        """The op's input tensors without Python numbers, which reach an op as tensors () that nobody has written."""
-        return [
-            ref
-            for refs in op.inputs
-            for ref in refs
-            if ref.shape or ref.dtype not in _NUMBER_DTYPES or ref.storage in self.written_storages
-        ]
+        """The op's input tensors without Python numbers."""
+        return [ref for refs in op.inputs for ref in refs if not self.storages.is_number(ref)]
 
     def _tensors(self, op: Op) -> dict[str, Any]:
         """What the node of an op's work tells of its tensors."""
@@ -235,8 +224,8 @@ class _Converter:
         return {
             "inputs": [tensor(ref) for ref in inputs],
             "outputs": [tensor(ref) for ref in changed],
-            "reads": regions(inputs),
-            "writes": regions(changed),
+            "reads": self.storages.regions(inputs),
+            "writes": self.storages.regions(changed),
             "dtype": (changed or inputs)[0].dtype if changed or inputs else "",
         }
 
@@ -289,7 +278,11 @@ class _Converter:
                 f"{kernel.name.partition('(')[0]}: no launch of it is in the device file; it depends on its stream only"
             )
         after += self.stream_waits.pop(kernel.stream, [])
-        node = self._communication_kernel(item, after, attrs) if is_communication(kernel.name) else None
+        communicates = is_communication(kernel.name)
+        thread = self.ops[item.op].thread if item.op >= 0 else -1
+        if self.noted_waits is not None:
+            after += self.noted_waits.before(thread, kernel, communicates=communicates)
+        node = self._communication_kernel(item, after, attrs) if communicates else None
         if node is None:
             op = self._working_op(item.op)
             told = self._tensors(op) if op is not None else {}
@@ -297,6 +290,9 @@ class _Converter:
             work = _PART if work.op_class == "host" else work
             node = self.builder.compute(kernel.name, cost=work, lane=lane, after=after, **told, **attrs)
         self.last_kernel[kernel.stream] = node
+        if self.noted_waits is not None:
+            params = next((op for op in self._chain(item.op) if op.name == PARAMS), None)
+            self.noted_waits.ran(thread, kernel, node, params, communicates=communicates)
 
     def _working_op(self, index: int) -> Op | None:
         """The innermost op of the dispatcher around a launch: kernels do its work."""
@@ -308,7 +304,7 @@ class _Converter:
         """The node of a collective's or message's kernel; None if nothing tells what it is."""
         kernel, chain = item.kernel, list(self._chain(item.op))
         c10d = next((op for op in chain if op.name.startswith("c10d::")), None)
-        params = next((op for op in chain if op.name == "record_param_comms"), None)
+        params = next((op for op in chain if op.name == PARAMS), None)
         name = c10d.name.removeprefix("c10d::") if c10d is not None else ""
         previous = [self.last_kernel[kernel.stream]] if kernel.stream in self.last_kernel else []
         after = [*after, *previous]
@@ -456,8 +452,8 @@ class _Converter:
             dtype=dtype,
             reduction=reduction,
             axis=self.notes.axis_of(group.ranks),
-            reads=regions(sent),
-            writes=regions(received),
+            reads=self.storages.regions(sent),
+            writes=self.storages.regions(received),
             after=after,
             **attrs,
         )
@@ -473,7 +469,7 @@ class _Converter:
             self._warn_once(
                 "messages: their peers are counted in their groups, which the files do not name; taken as ranks"
             )
-        places = regions(refs)
+        places = self.storages.regions(refs)
         return self.builder.message(
             op.name,
             source=source,

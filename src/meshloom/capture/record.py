@@ -110,15 +110,15 @@ class Recorder:
             execution_trace_observer=observer,
             experimental_config=_config(),
         )
-        start_ns = time.time_ns()
+        start_ns = time.perf_counter_ns()
         try:
             with profiler, _module_scopes(self._paths):
-                start_ns = time.time_ns()
+                start_ns = time.perf_counter_ns()
                 yield
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
         finally:
-            duration_ns = time.time_ns() - start_ns
+            duration_ns = time.perf_counter_ns() - start_ns
             observer.unregister_callback()
             profiler.export_chrome_trace(str(device))
             told = Notes(
@@ -300,15 +300,17 @@ def _groups(world_size: int) -> dict[str, list[int]]:
 
 
 def _composite_ops(host: Path) -> list[str]:
-    """The host trace's ops that are made of other ops: those do the work, as a dispatcher below autograd sees it."""
+    """The host trace's ops, with their overloads, that are made of other ops: those do the work, as a dispatcher below
+    autograd sees it."""
     nodes = msgspec.json.decode(host.read_bytes())["nodes"]
     schemas = {attr["value"] for node in nodes for attr in node["attrs"] if attr["name"] == "op_schema"}
     overloads = {schema.partition("(")[0] for schema in schemas if "::" in schema}
-    return sorted({overload.partition(".")[0] for overload in overloads if _is_composite(overload)})
+    return sorted(overload for overload in overloads if _is_composite(overload))
 
 
 def _is_composite(overload: str) -> bool:
-    try:
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CompositeImplicitAutograd"))
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    try:  # some are made of others only where they have no kernel of their own
+        return bool(has(overload, "CompositeImplicitAutograd")) and not has(overload, "CPU")
     except RuntimeError:  # an op of TorchScript only
         return False

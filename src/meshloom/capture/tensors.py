@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from meshloom.capture.host import UNKNOWN, TensorRef
-from meshloom.chakra.build import Region
+from meshloom.capture.host import TensorRef
 from meshloom.chakra.cost import Tensor
 
 # NCCL's names of element types in device files -> bytes
@@ -34,11 +33,6 @@ def numbers(value: Any) -> list[int]:
 def tensor(ref: TensorRef) -> Tensor:
     """Its shape and element size."""
     return Tensor(ref.shape, ref.itemsize)
-
-
-def regions(refs: Sequence[TensorRef]) -> list[Region]:
-    """The bytes that the tensors are, where the file names their storages."""
-    return [Region(ref.storage, ref.begin, ref.end) for ref in refs if ref.storage != UNKNOWN]
 
 
 def num_bytes(refs: Sequence[TensorRef]) -> int:

@@ -38,10 +38,3 @@ def _ends(nodes: list[Node]) -> dict[tuple[object, int], int]:
             found[group, counts[group]] = node.start_ns + node.duration_ns
             counts[group] += 1
     return found
-
-
-def span_ns(nodes: Mapping[int, list[Node]]) -> int:
-    """How long the recorded step took on all ranks together, on one clock."""
-    shift = offsets_ns(nodes)
-    timed = [(node.start_ns + shift[rank], node.duration_ns) for rank, each in nodes.items() for node in each]
-    return max(start + length for start, length in timed) - min(start for start, _ in timed)

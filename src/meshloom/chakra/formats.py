@@ -44,6 +44,15 @@ def form_of(path: Path) -> Form:
     raise UsageError(f"{path}: expected a name that ends in {', '.join(FORMS)}")
 
 
+def read_any(where: str | Path) -> dict[int, Trace]:
+    """The traces of a file or folder by rank, of a file in the form that its name means; raises TraceError."""
+    path = Path(where)
+    if path.suffix in (".json", ".graphml") and path.is_file():
+        trace = form_of(path).read(path)
+        return {trace.rank: trace}
+    return file.read_all(path)
+
+
 def convert(source: Path, target: Path, *, version: str | None = None) -> Trace:
     """Read `source`, write `target`, each in the form that its name means, and return the trace; raises TraceError.
 
@@ -153,19 +162,6 @@ def _text(path: Path) -> str:
 # -- graphs
 
 
-def to_graph(trace: Trace) -> nx.MultiDiGraph:
-    """The trace as a graph: an edge goes from what is needed to what needs it, its `kind` is data or control.
-
-    Nodes carry name, type, start_ns, duration_ns and, as JSON text, all attributes with their protobuf kinds.
-    """
-    graph = nx.MultiDiGraph(version=trace.version, attrs=_pack(trace.attrs))
-    for node in trace.nodes:
-        graph.add_node(node.id, **_node_facts(node))
-    for source, target, kind, place, key in _edges(trace):
-        graph.add_edge(source, target, key=key, kind=kind, place=place)
-    return graph
-
-
 def _node_facts(node: Node) -> dict[str, Any]:
     return {
         "name": node.name,
@@ -189,7 +185,11 @@ def _edges(trace: Trace) -> Iterator[tuple[int, int, str, int, int]]:
 
 
 def from_graph(graph: Any, where: str) -> Trace:
-    """The trace that `to_graph` made the graph from; raises TraceError where it is another graph."""
+    """The trace of a graph that a writer of this module made; raises TraceError where it is another graph.
+
+    An edge goes from what is needed to what needs it, its `kind` is data or control. Nodes carry name, type, start_ns,
+    duration_ns and, as JSON text, all attributes with their protobuf kinds.
+    """
     deps: dict[tuple[Any, str], list[tuple[int, Any]]] = {}
     nodes = []
     try:

@@ -121,6 +121,7 @@ ATTRIBUTES: dict[str, Attribute] = {
     "step_start_ns": _one("int64", "ns", "start of the recorded step, on the clock of start_ns"),
     "step_duration_ns": _one("int64", "ns", "measured length of the recorded step"),
     "role_size": _one("int64", "rank", "of how many ranks this trace is that of the first, where others are left out"),
+    "num_tokens": _one("int64", "", "tokens of one step, of all replicas and micro-batches together"),
     "memory_held": _one("int64", "byte", "bytes that live before the step: weights, optimizer states, batches"),
     "memory_peak": _one("int64", "byte", "the most bytes that live at one time during the step, those included"),
     "meshloom_version": _one("string", "", "the version of Meshloom that wrote the file"),

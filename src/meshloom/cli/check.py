@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from meshloom.chakra.check import check
-from meshloom.chakra.file import read_all
+from meshloom.chakra.formats import read_any
 
 _SHOWN = 50  # findings printed one by one
 
@@ -20,11 +20,13 @@ _SHOWN = 50  # findings printed one by one
 def command(where: str, strict: bool, as_json: bool) -> int:
     """Check one trace, or all ranks of a folder, for faults. Exit code 1 if there is one.
 
+    A trace may also be Chakra JSON, node-link JSON or GraphML, as its name says.
+
     \b
     Example:
       meshloom check runs/gpt2-tiny.dp2.20261121-120000
     """
-    traces = read_all(where)
+    traces = read_any(where)
     findings = check(traces)
     if as_json:
         click.echo(msgspec.json.encode(findings).decode())

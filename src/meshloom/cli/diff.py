@@ -13,6 +13,7 @@ from meshloom.view.report import diff_page
 from meshloom.view.scene import scene
 
 _STYLES = {"added": "green", "removed": "red", "slower": "yellow", "faster": "cyan", "changed": "magenta"}
+_FILE_WIDTH = 120  # where no terminal tells how wide it is
 
 
 @click.command()
@@ -48,6 +49,8 @@ def _print(told: dict[str, Any], top: int) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
     for side in ("a", "b"):
         facts = told[side]
         step = f", step {facts['step_ns'] / 1e6:,.3f} ms {facts['times']}" if facts.get("step_ns") else ""

@@ -14,7 +14,7 @@ from meshloom.hardware.cluster import Cluster, Network
 from meshloom.hardware.device import Device, load_device
 from meshloom.plan import Plan
 from meshloom.simulate.memory import Memory, predict_memory
-from meshloom.simulate.shape import Job, Shape
+from meshloom.simulate.shape import Experts, Job, Shape
 from meshloom.simulate.stack import STACKS
 from meshloom.simulate.step import predict_step
 
@@ -40,17 +40,43 @@ def shape_of_config(config: Any, model: str) -> tuple[Shape, int]:
     heads = get("num_attention_heads", "n_head")
     if not (hidden and layers and heads):
         raise ModelError(f"{model}: expected a transformer with hidden size, layers and heads, got {config.model_type}")
-    if get("num_local_experts", "num_experts", "n_routed_experts"):
+    if get("kv_lora_rank"):
         raise ModelError(
-            f"{model}: a mixture of experts, which the closed form does not know yet; expected a dense one"
+            f"{model}: multi-head latent attention (kv_lora_rank), which the closed form does not know; synthesise its "
+            "traces and simulate those"
         )
     gated = bool(get("hidden_act") in ("silu", "swiglu") or config.model_type.startswith(("llama", "mistral", "qwen")))
     shape = Shape(
         num_layers=layers, hidden_size=hidden, num_heads=heads, num_kv_heads=get("num_key_value_heads") or heads,
         intermediate_size=get("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
         vocab_size=config.vocab_size, gated=gated, tied=bool(getattr(config, "tie_word_embeddings", True)),
+        head_width=get("head_dim") or 0, experts=_experts(config, model, layers),
     )  # fmt: skip
     return shape, int(get("max_position_embeddings", "n_positions", "n_ctx") or 2048)
+
+
+def _experts(config: Any, model: str, num_layers: int) -> Experts | None:
+    """The mixture of a Hugging Face config, None of a dense one; raises ModelError where it leaves something out."""
+
+    def get(*names: str) -> Any:
+        return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+    count = get("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if not count or count == 1:
+        return None
+    per_token = get("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    width = get("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+    if not (isinstance(count, int) and isinstance(per_token, int) and isinstance(width, int)):
+        raise ModelError(
+            f"{model}: expected a mixture with num_experts_per_tok and a width of its experts, got "
+            f"{count!r:.40} experts, {per_token!r:.40} of them a token, width {width!r:.40}"
+        )
+    shared = get("shared_expert_intermediate_size", "shared_intermediate_size")
+    shared = shared or (get("n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 0) * width
+    every = get("decoder_sparse_step") or 1
+    plain = set(get("mlp_only_layers") or ()) | set(range(get("first_k_dense_replace") or 0))
+    dense = sum(place in plain or (place + 1) % every != 0 for place in range(num_layers))
+    return Experts(count=count, per_token=per_token, width=width, shared_width=shared, num_dense_layers=dense)
 
 
 def spec_of(device_name: str) -> str | None:
@@ -109,22 +135,37 @@ def estimate(
     stack: str | None = None,
 ) -> dict[str, Any]:
     """Step time and memory of the fullest rank, as JSON takes them; raises ModelError, PlanError, HardwareError."""
+    return told_of(
+        job_of(
+            config, model, plan, cluster, batch_size=batch_size, seq_length=seq_length, precision=precision, stack=stack
+        )
+    )
+
+
+def job_of(
+    config: Any, model: str, plan: Plan, cluster: Cluster, *, batch_size: int, seq_length: int, precision: str,
+    stack: str | None = None,
+) -> Job:  # fmt: skip
+    """The step as the closed form takes it, `batch_size` sequences a micro-batch; raises ModelError."""
     shape, _ = shape_of_config(config, model)
-    software = STACKS[stack] if stack else _OURS
-    job = Job(
-        shape=shape, plan=plan, cluster=cluster, stack=software, seq_length=seq_length,
+    return Job(
+        shape=shape, plan=plan, cluster=cluster, stack=STACKS[stack] if stack else _OURS, seq_length=seq_length,
         global_batch=batch_size * plan.dp * plan.num_micro_batches, dtype=_PRECISION.get(precision, precision),
     )  # fmt: skip
+
+
+def told_of(job: Job) -> dict[str, Any]:
+    """Step time and memory of the fullest rank, as JSON takes them; raises PlanError, HardwareError."""
     step, memory = predict_step(job), predict_memory(job)
     return {
-        "cluster": cluster.name,
-        "stack": software.name,
+        "cluster": job.cluster.name,
+        "stack": job.stack.name,
         "step_s": step.step_s,
         "tokens_per_second": step.tokens_per_second,
         "mfu": step.mfu,
         "limit": step.limit,
         "memory_bytes": memory_parts(memory),
-        "device_memory_bytes": cluster.device.memory_bytes,
+        "device_memory_bytes": job.cluster.device.memory_bytes,
         "warnings": list(step.warnings),
     }
 

@@ -74,6 +74,7 @@ _TRACED = 2  # the decode step that is recorded: not the first, which makes what
 )
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--no-cuda-graph", is_flag=True, help="On a GPU: launch each kernel of a decode step by itself.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the decode step with torch.compile; on one rank.")
 @click.option("--trace", help="A new folder: record the prefill and one decode step on each rank as Chakra traces.")
 @click.option("--visualize-trace", is_flag=True, help="With --trace: draw both, tensor_trace_graph.png and three more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
@@ -172,6 +173,7 @@ def _job(
     shard_cache: str | None,
     dtype: str,
     no_cuda_graph: bool,
+    compiled: bool,
     traced: bool,
     styles: str | None = None,
 ) -> Any:
@@ -203,6 +205,7 @@ def _job(
         dtype=dtype,
         cuda_graph=not no_cuda_graph,
         styles=take_styles(styles),
+        compiled=compiled,
         traced_step=min(_TRACED, max(1, max_new_tokens - 1)) if traced else None,
     )
     check_job(job)

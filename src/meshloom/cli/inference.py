@@ -13,7 +13,7 @@ from meshloom.plan import Plan
 OF_INFERENCE = frozenset(("num_input_tokens", "num_output_tokens", "batch_size", "temperature", "top_k", "top_p"))
 OF_TRAINING = frozenset(
     ("micro_batch", "gradient_accumulation", "global_batch", "schedule", "virtual_stages", "stage_layers",
-     "seq_length", "recompute", "no_fused", "max_grad_norm", "objective")
+     "seq_length", "recompute", "no_fused", "max_grad_norm", "zero", "objective")
 )  # fmt: skip
 
 
@@ -69,10 +69,10 @@ def write_inference(
         "num_ranks": found.plan.world_size,
         "num_roles": len(found.roles),
         "num_files": len(found.roles) if roles else found.plan.world_size,
-        "num_nodes": sum(len(role.nodes) * (1 if roles else len(role.ranks)) for role in found.roles),
+        "num_nodes": sum(role.num_nodes * (1 if roles else len(role.ranks)) for role in found.roles),
         "num_bytes": num_bytes,
         "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
-        "nodes_per_rank": len(found.roles[0].nodes),
+        "nodes_per_rank": found.roles[0].num_nodes,
         "notes": [*found.notes, *(["tokens are drawn from the gathered candidates; the trace is of the most likely one"]
                                   * drawn)],
     }  # fmt: skip

@@ -10,7 +10,7 @@ import click
 from meshloom.errors import UsageError
 from meshloom.plan import Plan
 
-_OF_RANKS = ("train",)  # commands that run on ranks which others have started
+_OF_RANKS = ("train", "generate")  # commands that run on ranks which others have started
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

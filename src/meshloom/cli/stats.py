@@ -14,6 +14,8 @@ from meshloom.view.path import critical_path, path_parts
 from meshloom.view.scene import Scene, scene
 from meshloom.view.stats import collectives, layers, ops, shares
 
+_FILE_WIDTH = 120  # where no terminal tells how wide it is
+
 
 @click.command()
 @click.argument("where", metavar="TRACE|DIR")
@@ -67,6 +69,8 @@ def _print(told: dict[str, Any], top: int) -> None:
     from rich.markup import escape
 
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
     head = f"{told['name']}: {told['num_ranks']} ranks"
     if told["step_ns"]:
         path = told["critical_path"]
@@ -91,7 +95,8 @@ def _print(told: dict[str, Any], top: int) -> None:
         total = max(1, sum(row["time_ns"] for row in told[name]))
         _table(console, name, ("name", "phase", "count", "ms", "share", "FLOP", "bytes"), [
             (row["name"], row["phase"], f"{row['num_events']:,}", f"{row['time_ns'] / 1e6:,.3f}",
-             f"{row['time_ns'] / total:.1%}", si(row["flops"], ""), si(row["num_bytes"], "B"))
+             f"{row['time_ns'] / total:.1%}", si(row["flops"], "") if row["flops"] else "",
+             si(row["num_bytes"], "B") if row["num_bytes"] else "")
             for row in told[name][:top]
         ])  # fmt: skip
     _table(console, "collectives and messages", ("kind", "axis", "ranks", "size", "count", "ms", "fastest ms", "bus"), [
@@ -108,9 +113,12 @@ def _table(console: Any, title: str, head: tuple[str, ...], rows: list[tuple[Any
 
     if not rows:
         return
+    told = [place for place in range(len(head)) if any(row[place] != "" for row in rows)]
+    head, rows = tuple(head[place] for place in told), [tuple(row[place] for place in told) for row in rows]
     table = Table(title=title, title_justify="left")
     for place, name in enumerate(head):
-        text = isinstance(rows[0][place], str) and not rows[0][place].replace(",", "")[:1].isdigit()
+        first = next(row[place] for row in rows if row[place] != "")
+        text = isinstance(first, str) and not first[:1].isdigit()
         table.add_column(name, justify="left" if text else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row))

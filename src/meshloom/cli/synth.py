@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from meshloom.chakra.file import read
+from meshloom.chakra.file import paused_collection, read
 from meshloom.cli.inference import OF_INFERENCE, OF_TRAINING, write_inference
 from meshloom.cli.styles import styles_option, take_styles
 from meshloom.errors import PlanError, UsageError
@@ -39,11 +39,13 @@ from meshloom.plan import Plan
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
 @click.option("--stage-layers", help="With pp: how many layers each stage has, such as 10,14.  [default: balanced]")
 @click.option("--seq-length", default=128, show_default=True, type=click.IntRange(2), help="Tokens a sequence.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]),
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]),
               help="What the forward computes in; weights and optimizer stay fp32.")  # fmt: skip
 @click.option("--recompute", default="none", show_default=True, type=click.Choice(["none", "selective", "full"]),
               help="What backward computes again instead of keeping it.")  # fmt: skip
 @click.option("--no-fused", is_flag=True, help="AdamW as several ops, not as one.")
+@click.option("--zero", default="0", show_default=True, type=click.Choice(["0", "1"]), callback=lambda c, p, v: int(v),
+              help="1: dp ranks share the optimizer's states, as ZeRO-1 does.")  # fmt: skip
 @click.option("--max-grad-norm", default=1.0, show_default=True, type=click.FloatRange(0), help="0 switches it off.")
 @click.option("--objective", type=click.Choice(["causal", "masked"]), help="  [default: what the model is for]")
 @click.option("--inference", is_flag=True, help="A prefill and a step for each new token, instead of a training step.")
@@ -69,7 +71,8 @@ def command(as_json: bool, visualize_trace: bool, inference: bool, **options: An
           --seq-length 2048 --roles --out synth.gpt3
       meshloom synth --inference --model llama-3-8b --plan tp4 --num-output-tokens 20 --out synth.8b
     """
-    told = _write(inference, options)
+    with paused_collection():  # also of imports, which make millions of objects and leave none
+        told = _write(inference, options)
     if visualize_trace:
         from meshloom.view.graph_files import visualize_trace as draw
 
@@ -123,6 +126,7 @@ def write_traces(
     recompute: Any = "none",
     no_fused: bool = False,
     max_grad_norm: float = 1.0,
+    zero: int = 0,
     roles: bool = False,
     capture_all: bool = False,
     styles: str | None = None,
@@ -149,9 +153,7 @@ def write_traces(
     from meshloom.synth.roles import Step, find_roles
 
     config = load_config(model)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and seq_length > limit:
-        raise UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
+    _check_positions(config, seq_length)
     chosen: Any = objective or objective_of(config)
     step = Step(
         config=config,
@@ -162,6 +164,7 @@ def write_traces(
         max_grad_norm=max_grad_norm,
         precision=precision,
         fused=not no_fused,
+        zero=zero,
         model_name=model,
         styles=take_styles(styles),
     )
@@ -170,6 +173,12 @@ def write_traces(
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
     num_bytes = found.write(folder, roles_only=roles, num_processes=cores if forks else 1)
     return _told(folder, found, num_bytes, roles)
+
+
+def _check_positions(config: Any, seq_length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and seq_length > limit:
+        raise UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
 
 
 def _told(folder: Path, found: Any, num_bytes: int, roles: bool) -> dict[str, Any]:

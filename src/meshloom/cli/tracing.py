@@ -50,7 +50,7 @@ class Tracing:
             )
         return first
 
-    def recorder(self, folder: Path, plan: Plan, *, model: str, first: int) -> Any:
+    def recorder(self, folder: Path, plan: Plan, *, model: str, first: int, num_tokens: int) -> Any:
         """What stands around each step: the recorder of the capture room, made on each rank; None without --trace."""
         if not self.trace:
             return None
@@ -62,7 +62,7 @@ class Tracing:
             return Recorder(
                 folder / "trace", step=first - 1, active=self.active, warmup=self.warmup or 0, separate=self.separate,
                 stacks=self.stacks, model=module, axes=axis_groups(plan, mesh.rank),
-                facts={"plan": str(plan), "model": model},
+                facts={"plan": str(plan), "model": model, "num_tokens": num_tokens},
             )  # fmt: skip
 
         return make

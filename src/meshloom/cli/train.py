@@ -89,6 +89,14 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
     flag_value="",
     help="Go on from a checkpoint or a run's newest one, on any plan; without a value from --out, if it is there.",
 )
+@click.option(
+    "--collective-timeout",
+    "timeout_s",
+    default=1800.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds that a rank waits for others before the run ends.",
+)
 @host_options
 @click.option("--dry-run", is_flag=True, help="Print the command, sizes, memory and time; start and write nothing.")
 @click.option("--background", is_flag=True, help="Return at once; `meshloom runs` tells how it goes.")
@@ -169,7 +177,7 @@ def train(
     first_traced = tracing.first(job.max_steps, resumed)
     makes = is_first and not prepared
     folder = _folder(out, model, cut, resumed) if makes else Path(str(out))
-    around = tracing.recorder(folder, cut, model=model, first=first_traced)
+    around = tracing.recorder(folder, cut, model=model, first=first_traced, num_tokens=job.tokens_per_step)
     if is_first:
         told = {"model": model, "plan": plan, "trace": tracing.trace, "resume": checkpoint, **options}
         _note(folder, job, {**told, "max_steps": job.max_steps}, arguments, "starting" if background else "running")
@@ -325,17 +333,13 @@ def _job(
         objective=objective or objective_of(config),
         tokenizer=_tokenizer(tokenizer or model, dry),
         plan=replace(
-            plan,
-            num_micro_batches=gradient_accumulation,
-            schedule=schedule,
-            virtual_stages=virtual_stages,
-            stage_layers=Plan.parse_stage_layers(stage_layers),
-            recompute=recompute,
+            plan, num_micro_batches=gradient_accumulation, schedule=schedule, virtual_stages=virtual_stages,
+            stage_layers=Plan.parse_stage_layers(stage_layers), recompute=recompute,
         ),
         max_steps=max_steps or 1,
         styles=take_styles(styles),
         **numbers,
-    )
+    )  # fmt: skip
     if job.tokenizer is not None:
         check_tokenizer(job.tokenizer, config, job.objective)
     num_parameters = check_job(job, free)

@@ -49,6 +49,8 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      "[default: all]"),
         click.option("--attention", type=click.Choice(["sdpa", "eager", "flash"]), help="How attention is computed.  "
                      "[default: sdpa where the model has it]"),
+        click.option("--zero", default="0", show_default=True, type=click.Choice(["0", "1"]), callback=_number,
+                     help="1: dp ranks share the optimizer's states, as ZeRO-1 does."),
         click.option("--compile", "compiled", is_flag=True, help="Compile each layer with torch.compile."),
         click.option("--hardware", help="The device to count MFU by, such as h100-sxm, or a TOML file."),
         click.option("--wandb", metavar="PROJECT", is_flag=False, flag_value="meshloom",
@@ -57,6 +59,10 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _number(context: Any, parameter: Any, value: str) -> int:
+    return int(value)
 
 
 def take(options: dict[str, Any]) -> Asked:

@@ -15,11 +15,12 @@ from meshloom.errors import UsageError
 from meshloom.generate.sample import Sampler, Sampling
 from meshloom.model.cache import Cache, make_cache
 from meshloom.model.graph import Graphed
-from meshloom.model.step import decode_step, prefill_step
+from meshloom.model.step import Choose, decode_step, prefill_step
 from meshloom.model.tape import Replay
+from meshloom.parallel.candidates import most_likely
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
-from meshloom.parallel.relay import run_plainly
+from meshloom.parallel.relay import Run, run_plainly
 
 Around = Callable[[int], AbstractContextManager[Any]]  # what stands around step s; step 0 is the prefill
 OnTokens = Callable[[list[int | None]], None]  # the newest token of each sequence, None of one that has ended
@@ -62,49 +63,69 @@ def generate(
     on_tokens: OnTokens = lambda tokens: None,
     plainly: bool = False,
     cuda_graph: bool = True,
+    compiled: bool = False,
 ) -> Generation:
     """Continue all prompts together until each has met an end token or `max_new_tokens` are there.
 
     `model` is what `parallelize` returned, with its weights, in eval mode. Every rank of the mesh must call this with
     the same arguments, and gets the same tokens. `first` is the number of the first prompt in the whole run, `at_least`
     how many steps are done even if all sequences have ended; `plainly` runs the model's own code at every step,
-    `cuda_graph` captures a decode step where the device and the model can, and there is one stage.
-    Raises UsageError if there is nothing to continue.
+    `cuda_graph` captures a decode step where the device and the model can, and there is one stage. `compiled` lets
+    torch.compile make kernels of the decode step of a model that is not cut. Raises UsageError if there is nothing to
+    continue, or the model's decode steps cannot be compiled.
     """
     if not prompts or not all(prompts):
         raise UsageError("generate: expected prompts of at least one token each")
     ids, mask = padded(prompts, mesh.device)
-    graph = cuda_graph and mesh.device.type == "cuda" and not isinstance(model, Pipeline) and not plainly
+    graph = cuda_graph and mesh.device.type == "cuda" and not (isinstance(model, Pipeline) or plainly)
     cache = make_cache(
         model,
         batch_size=len(prompts),
         max_length=ids.shape[1] + max_new_tokens,
         device=mesh.device,
         mask=mask,
-        fixed=graph,
+        fixed=graph or compiled,
     )
+    decoding = _compiled(model, cache) if compiled else model
     _learn_shapes(model, ids)
-    replay: Graphed | Replay = Graphed() if cache.fixed is not None else Replay()
-    sampler = Sampler(sampling, range(first, first + len(prompts)), max_new_tokens)
+    replay = _replay(cache, graph=graph)
+    choose: Choose = most_likely  # which a step knows as a part of the forward
+    if not sampling.is_greedy:
+        choose = Sampler(sampling, range(first, first + len(prompts)), max_new_tokens)
     run = _Run(cache, len(prompts), eos_ids, on_tokens)
     tokens = torch.empty(0)
     for step in range(max_new_tokens):
         if run.all_ended and step >= at_least:
             break
-        context = around(step)
+        context, begin_ns = around(step), time.perf_counter_ns()
         recorded = not isinstance(context, nullcontext)
-        begin_ns = time.perf_counter_ns()
         with context:
             if step == 0:
-                tokens = prefill_step(model, ids, mesh=mesh, cache=cache, choose=sampler)
+                tokens = prefill_step(model, ids, mesh=mesh, cache=cache, choose=choose)
             else:
                 way = run_plainly if recorded or plainly else replay
-                tokens = decode_step(model, tokens, mesh=mesh, cache=cache, choose=sampler, run=way)
+                tokens = decode_step(decoding, tokens, mesh=mesh, cache=cache, choose=choose, run=way)
         if recorded and cache.fixed is None:
-            replay = Replay()  # which counts the steps that it sees, and has missed this one
-        told = tokens.tolist()
-        run.note(step, told, time.perf_counter_ns() - begin_ns, recorded=recorded)
+            replay = _replay(cache, graph=graph)  # which counts the steps that it sees, and has missed this one
+        run.note(step, tokens.tolist(), begin_ns, recorded=recorded)
     return run.result()
+
+
+def _replay(cache: Cache, *, graph: bool) -> Run:
+    """What calls the forward of a decode step."""
+    if cache.fixed is None:
+        return Replay()
+    return Graphed() if graph else run_plainly
+
+
+def _compiled(model: nn.Module, cache: Cache) -> nn.Module:
+    if cache.fixed is None:
+        raise UsageError(
+            f"--compile: expected a model whose decode steps have one shape, which {type(model).__name__} is not known "
+            "to have; leave it out"
+        )
+    compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    return compiled
 
 
 class _Run:
@@ -122,9 +143,9 @@ class _Run:
         """Whether every sequence has met an end token."""
         return all(self.ended)
 
-    def note(self, step: int, tokens: list[int], duration_ns: int, *, recorded: bool) -> None:
-        """Take the tokens of a step."""
-        self.step_ns.append(duration_ns)
+    def note(self, step: int, tokens: list[int], begin_ns: int, *, recorded: bool) -> None:
+        """Take the tokens of a step that began at `begin_ns`, and are there now."""
+        self.step_ns.append(time.perf_counter_ns() - begin_ns)
         if recorded:
             self.recorded.add(step)
         newest: list[int | None] = []

@@ -27,6 +27,7 @@ from meshloom.model.layout import lay_out_for_one_row
 from meshloom.model.pretrained import check_weights, fill_from
 from meshloom.model.weights import build_part, inner_model
 from meshloom.parallel.apply import check_plan
+from meshloom.parallel.compiled import check_compiler
 from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.plan import Plan
@@ -54,6 +55,7 @@ class Job:
     dtype: str = "float32"
     cuda_graph: bool = True
     styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
+    compiled: bool = False  # decode steps go through torch.compile
     traced_step: int | None = None  # the decode step that is recorded, beside the prefill
 
 
@@ -63,6 +65,8 @@ def check_job(job: Job) -> int:
         raise PlanError(
             f"plan {job.plan}: expected tp and pp only, to generate; start a run for each part of the prompts"
         )
+    if job.compiled and job.plan.tp * job.plan.pp > 1:
+        raise PlanError(f"--compile: expected a plan of one rank, got {job.plan}; leave it out, or use dp1")
     size = job.config.vocab_size
     if job.tokenizer is not None and len(job.tokenizer) > size:
         raise DataError(
@@ -91,6 +95,8 @@ def check_job(job: Job) -> int:
 def generate_rank(job: Job, folder: str, device: str, around_step: AroundStep | None, show: bool) -> None:
     """Generate on the calling rank; rank 0 shows the text as it comes if `show`, and leaves RESULT in `folder`."""
     with rank_context(device) as chosen:
+        if job.compiled:
+            check_compiler(chosen.type)
         begin_ns = time.perf_counter_ns()
         mesh = make_mesh(job.plan, chosen)
         model = load_part(job, mesh)
@@ -133,6 +139,7 @@ def _continue(job: Job, model: nn.Module, mesh: Mesh, first: int, around: Any, *
         first=first,
         around=around,
         cuda_graph=job.cuda_graph,
+        compiled=job.compiled,
         at_least=0 if job.traced_step is None or first else job.traced_step + 1,
         on_tokens=teller.tell if teller is not None else lambda tokens: None,
     )

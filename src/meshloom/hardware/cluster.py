@@ -147,7 +147,7 @@ def load_plain(path: str | Path) -> Cluster:
     devices = table.get("devices") if isinstance(table, dict) else None
     if not isinstance(devices, list) or not devices or not all(isinstance(item, dict) for item in devices):
         raise HardwareError(f"{where}: expected 'devices' to be a list of at least one table")
-    first = {**as_table(table.get("memory") or {}, f"{where}: memory"), **devices[0]}
+    first = _joined(as_table(table.get("memory") or {}, f"{where}: memory"), devices, where)
     flops = _plain(first, {"tflops": 1e12, "flops": 1.0, "peak_tflops": 1e12}, where, "tflops")
     device = Device(
         name=str(first.get("name", "device")),
@@ -162,7 +162,7 @@ def load_plain(path: str | Path) -> Cluster:
     network = Network(
         name="network",
         bytes_per_second=_plain(link, {"bandwidth_gb_s": 1e9}, where, "bandwidth_gb_s"),
-        latency_ns=round(_plain({"latency_us": 0, **link}, {"latency_us": 1e3}, where, "latency_us")),
+        latency_ns=round(_plain(link, {"latency_us": 1e3}, where, "latency_us", least=0.0)),
     )
     counts = [item.get("count", 1) for item in devices]
     if not all(isinstance(count, int) and 1 <= count <= 1 << 31 for count in counts):
@@ -173,9 +173,44 @@ def load_plain(path: str | Path) -> Cluster:
     )
 
 
-def _plain(table: Mapping[str, Any], names: Mapping[str, float], where: str, wanted: str) -> float:
+def _joined(memory: Mapping[str, Any], devices: list[Any], where: str) -> dict[str, Any]:
+    """The first device with what `memory` adds; raises HardwareError where they contradict, or devices differ."""
+    first: dict[str, Any] = devices[0]
+    for key in memory.keys() & first.keys():
+        if memory[key] != first[key]:
+            raise HardwareError(
+                f"{where}: memory says {key} {memory[key]!r:.40}, the device {first[key]!r:.40}; keep one"
+            )
+    for number, other in enumerate(devices[1:], 1):
+        for key in sorted((first.keys() | other.keys()) & _OF_SPEED):
+            if first.get(key) != other.get(key):
+                raise HardwareError(
+                    f"{where}: expected devices that are alike, but {key} is {first.get(key)!r:.40} of the first and "
+                    f"{other.get(key)!r:.40} of device {number}"
+                )
+    return {**memory, **first}
+
+
+_OF_SPEED = {
+    "tflops", "flops", "peak_tflops", "memory_gb", "capacity_gb", "size_gb", "bandwidth_gb_s", "bandwidth_gbps",
+    "bandwidth",
+}  # fmt: skip
+
+
+def _plain(
+    table: Mapping[str, Any], names: Mapping[str, float], where: str, wanted: str, least: float = 1e-30
+) -> float:
+    """The number under the first of `names` that is there, in SI; raises HardwareError if there is none, or two."""
+    found: dict[str, float] = {}
     for name, factor in names.items():
         value = table.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30:
-            return float(value) * factor
-    raise HardwareError(f"{where}: expected a device with {wanted} above 0, got {', '.join(table) or 'nothing'}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < 1e30:
+            found[name] = float(value) * factor
+        elif value is not None:
+            raise HardwareError(f"{where}: expected {name} to be a number above 0, got {value!r:.40}")
+    if not found:
+        raise HardwareError(f"{where}: expected a device with {wanted} above 0, got {', '.join(table) or 'nothing'}")
+    if max(found.values()) > min(found.values()) * (1 + 1e-9):
+        told = " and ".join(f"{name} {table[name]!r:.40}" for name in found)
+        raise HardwareError(f"{where}: {told} contradict each other; keep one")
+    return next(iter(found.values()))

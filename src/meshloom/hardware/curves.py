@@ -21,8 +21,10 @@ class GemmCurve:
     memory bandwidth. `cache_bytes_per_second`: from the shared cache to all multiprocessors (0: no limit).
     `start_ns`: before a product begins; `tile_ns`: for each wave of tiles; `split_ns`: for splitting k. `sharpness`:
     exponent with which computing and loading overlap (0: perfectly). `occupancy`: how many times over a full wave
-    saturates the memory. `resident`: part of the cache that stays warm between calls. `throttle`: part of the speed
-    that products of more than a millisecond lose. `step_ns`: the least time of 64 elements along k.
+    saturates the memory. `resident`: part of the cache that a working set may take to stay in it between calls;
+    `resident_bytes_per_second`: how fast it is loaded then. `throttle`: part of the speed that products of more than a
+    millisecond lose. `step_ns`: the least time of 64 elements along k. `tail`: how many times as slow the last results
+    are written, with which nothing overlaps. `choice`: how surely a library finds its fastest tile (0: always).
     """
 
     efficiency: float = 1.0
@@ -38,6 +40,9 @@ class GemmCurve:
     resident: float = 0.0
     throttle: float = 0.0
     step_ns: float = 0.0
+    resident_bytes_per_second: float = 0.0
+    tail: float = 0.0
+    choice: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,9 +50,11 @@ class Device:
 def load_device(name: str) -> Device:
     """The device of a shipped name (such as `h100-sxm`) or of a TOML file; raises HardwareError."""
     table, where = load_table(name, "device")
-    for dtype in as_table(table.get("flops_per_second", {}), f"{where}: [flops_per_second]"):
+    for dtype, peak in as_table(table.get("flops_per_second", {}), f"{where}: [flops_per_second]").items():
         if dtype not in DTYPES:
             raise HardwareError(f"{where}: expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
+        if peak == 0:
+            raise HardwareError(f"{where}: expected a peak above 0 for {dtype}; leave out what the device cannot do")
     if "gemm" in table:
         table["gemm"] = section(GemmCurve, table["gemm"], f"{where}: [gemm]")
     if "attention" in table:

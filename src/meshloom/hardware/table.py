@@ -20,6 +20,10 @@ _MOST_TEXT = 1 << 20
 _DEEPEST = 500
 _LARGEST = 1e30  # of any number in a file: what is larger (and infinity) is a slip
 
+# what is divided by: 0 would be a device that never ends
+_POSITIVE = ("memory_bytes", "memory_bytes_per_second", "num_multiprocessors", "wire_bytes_per_second")
+_SHARES = ("efficiency", "memory_efficiency", "sustained")
+
 # ending of a key in SI -> other endings that mean the same in another unit, and their factor
 _UNITS: dict[str, dict[str, float]] = {
     "_bytes_per_second": {
@@ -88,7 +92,7 @@ def section(kind: type[T], table: Any, where: str) -> T:
 def from_table(kind: type[T], table: dict[str, Any], where: str) -> T:
     """A frozen dataclass from a TOML table, in SI units: unknown, missing and ill-typed keys raise HardwareError."""
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    table = dict(_in_si(key, value, known, where) for key, value in table.items())
+    table = _all_in_si(table, known, where)
     missing = [
         name
         for name, item in known.items()
@@ -101,8 +105,14 @@ def from_table(kind: type[T], table: dict[str, Any], where: str) -> T:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if declared in ("int", "float") and not (number and 0 <= value <= _LARGEST):
             raise HardwareError(f"{where}: expected {name} to be a number of at least 0, got {value!r:.60}")
-        if name.startswith("num_") and isinstance(value, float):
+        if name.startswith(("num_", "group_")) and isinstance(value, float):
             raise HardwareError(f"{where}: expected {name} to be a whole number, got {value!r}")
+        if name in _POSITIVE and not value:
+            raise HardwareError(f"{where}: expected {name} above 0, got {value!r}")
+        if name in _SHARES and not 0 < value <= 1:
+            raise HardwareError(
+                f"{where}: expected {name} to be a part of the whole, above 0 and at most 1, got {value!r}"
+            )
         if declared.startswith(("Mapping[str, float]", "dict[str, float]")):
             _check_numbers(value, f"{where}: [{name}]")
         if declared == "str" and not isinstance(value, str):
@@ -110,6 +120,18 @@ def from_table(kind: type[T], table: dict[str, Any], where: str) -> T:
         if declared == "bool" and not isinstance(value, bool):
             raise HardwareError(f"{where}: expected {name} to be true or false, got {value!r}")
     return kind(**table)
+
+
+def _all_in_si(table: dict[str, Any], known: dict[str, Any], where: str) -> dict[str, Any]:
+    """The table in SI units; raises HardwareError where two keys mean one thing (`memory_bytes` and `memory_gb`)."""
+    found: dict[str, Any] = {}
+    came_from: dict[str, str] = {}
+    for key, value in table.items():
+        name, number = _in_si(key, value, known, where)
+        if name in found:
+            raise HardwareError(f"{where}: expected {came_from[name]} or {key}, which mean the same, got both")
+        found[name], came_from[name] = number, key
+    return found
 
 
 def _check_numbers(table: Any, where: str) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -22,6 +23,7 @@ from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.relay import Run, relay, run_plainly, whole_or_cut
 from meshloom.parallel.vocab import CutLogits
+from meshloom.parallel.zero import Zero
 
 Batch = Mapping[str, Tensor]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -62,22 +64,27 @@ def _phase_in(precision: Precision, device: torch.device, name: str) -> Iterator
 
 
 def make_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, fused: bool = True
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    fused: bool = True,
+    shared_by: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW, fused into one op or as several; weight decay on matrices only, not on biases and norms.
 
     Brown et al. 2020, appendix B. The fused one has `found_inf`, () float32 on the device: while that is 1, its steps
-    change nothing.
+    change nothing. Its states are shared by the ranks of `shared_by` if that is given, as ZeRO-1 does.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     # The learning rate is a number, not a tensor: the fused kernel then needs no copy of it to the device.
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=fused
-    )
+    make = partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
+    optimizer = make(groups) if shared_by is None else Zero(groups, group=shared_by, make=make)
     if fused:  # the other takes none
         optimizer.found_inf = torch.zeros((), device=parameters[0].device)  # type: ignore[attr-defined]
     return optimizer
@@ -186,30 +193,36 @@ def _next_tokens(model: nn.Module, ids: Tensor, mesh: Mesh, cache: Cache, choose
         head = getattr(inner, "cut_head", None)
         if head is not None:
             head.keep_cut = True  # so that only candidates are gathered, not all logits
+        finish = partial(_end_of_forward, choose)
         if isinstance(model, Pipeline):
-            logits = relay(model, cache.arguments, ids, run=run)
+            made = relay(model, cache.arguments, ids, finish=finish, run=run)
         else:
-            logits = whole_or_cut(run(partial(_forward, model, cache), ids), inner)
+            made = run(partial(_forward, model, cache, finish), ids)
         cache.advance(ids.shape[1])
-        tokens = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
-        if logits is not None:
-            chosen = choose(_last(logits))
-            tokens = chosen if mesh.index("tp") == 0 else tokens
-        if "tp" in mesh.groups and mesh.index("pp") == mesh.degree("pp") - 1:
-            tokens = broadcast(tokens, 0, mesh.groups["tp"])
+        if made is None:  # of another stage than the last
+            tokens = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
+        else:
+            logits = whole_or_cut(made[0], inner)
+            tokens = made[1] if len(made) > 1 else choose(logits)
+            # what came out of a maximum over the group is the same on all of its ranks
+            if "tp" in mesh.groups and not (choose is most_likely and isinstance(logits, CutLogits)):
+                tokens = broadcast(tokens, 0, mesh.groups["tp"])
         if "pp" in mesh.groups:
             tokens = broadcast(tokens, mesh.degree("pp") - 1, mesh.groups["pp"])
         return tokens
 
 
-def _forward(model: nn.Module, cache: Cache, ids: Tensor) -> Tensor:
-    """The logits (B, S or 1, V) of a model in one stage, or this rank's part of them."""
-    logits: Tensor | CutLogits = model(**cache.arguments(ids)).logits
-    return logits.local if isinstance(logits, CutLogits) else logits
+def _forward(model: nn.Module, cache: Cache, finish: Callable[..., list[Tensor]], ids: Tensor) -> list[Tensor]:
+    """What `finish` makes of the logits (B, S or 1, V) of a model in one stage, or of this rank's part of them."""
+    return finish(model(**cache.arguments(ids)).logits)
 
 
-def _last(logits: Tensor | CutLogits) -> Tensor | CutLogits:
-    """The logits of the last position: (B, S, V) -> (B, V)."""
-    if isinstance(logits, CutLogits):
-        return CutLogits(logits.local[:, -1], logits.part)
-    return logits[:, -1]
+def _end_of_forward(choose: Choose, logits: Tensor | CutLogits) -> list[Tensor]:
+    """The logits of the last position, (B, V) or this rank's part, and the tokens (B,) where choosing needs only them.
+
+    What draws has a state, so it cannot be a part of what is replayed.
+    """
+    part = logits.local[:, -1] if isinstance(logits, CutLogits) else logits[:, -1]
+    if choose is not most_likely:
+        return [part]
+    return [part, most_likely(CutLogits(part, logits.part) if isinstance(logits, CutLogits) else part)]

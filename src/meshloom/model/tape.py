@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import AllreduceOptions, ProcessGroup, _resolve_process_group
+from torch._C._distributed_c10d import AllreduceOptions, ProcessGroup, ReduceOp, _resolve_process_group
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -27,9 +27,9 @@ _READS_VALUES = frozenset(
      "is_nonzero", "nonzero", "unique", "masked_select", "numpy", "__array__", "argwhere")
 )  # fmt: skip
 _DRAWS = frozenset(("rand", "randn", "randint", "bernoulli", "multinomial", "normal", "rand_like", "randn_like"))
-_SUM = torch.ops._c10d_functional.all_reduce_.default
+_REDUCE = torch.ops._c10d_functional.all_reduce_.default
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
-_OPTIONS = AllreduceOptions()  # a sum
+_REDUCTIONS = {"sum": ReduceOp.SUM, "max": ReduceOp.MAX}
 _SLOTS = "_c10d_functional"  # ops of this namespace talk to other ranks: never left out
 
 
@@ -328,21 +328,21 @@ def _compiled(calls: Sequence[_Call], recorder: _Recorder, out: Any) -> Callable
 
     names["wait"] = _WAIT
     lines = []
-    summed: set[int] = set()
+    reduced: set[int] = set()
     for call in calls:
         first = call.args[0] if call.args else None
         if isinstance(first, _Slot) and (call.function == _WAIT or _does_nothing(call)):
-            if call.function == _WAIT and first.number not in summed:
+            if call.function == _WAIT and first.number not in reduced:
                 lines.append(f"    wait({text(first)})\n")
             alias[call.results[0]] = alias.get(first.number, first.number)  # another name of the same tensor
             continue
-        if call.function == _SUM and call.args[1] == "sum":
+        if call.function == _REDUCE and call.args[1] in _REDUCTIONS:
             # Without what a functional collective does for compilers, which costs the host more than the sum.
             name = f"g{len(names)}"
-            names[name] = partial(_sum, _resolve_process_group(call.args[2]))
+            names[name] = partial(_reduce, _resolve_process_group(call.args[2]), _options(call.args[1]))
             lines.append(f"    {name}({text(first)})\n")
             alias[call.results[0]] = alias.get(first.number, first.number) if isinstance(first, _Slot) else -1
-            summed.add(call.results[0])
+            reduced.add(call.results[0])
             continue
         given = [text(item) for item in call.args] + [f"{key}={text(item)}" for key, item in call.kwargs.items()]
         name = f"f{len(names)}"
@@ -353,14 +353,20 @@ def _compiled(calls: Sequence[_Call], recorder: _Recorder, out: Any) -> Callable
         made.update(call.results)
     inputs = "".join(f", t{number}" for number in range(recorder.num_inputs))
     source = f"def program(n{inputs}):\n{''.join(lines)}    return {text(out)}\n"
-    exec(compile(source, "<a recorded step>", "exec"), names)  # nosec B102 - made of our own numbers and names only
+    exec(compile(source, "<a recorded step>", "exec"), names)  # nosec B102 # made of our own numbers and names only
     program: Callable[..., Any] = names["program"]
     return program
 
 
-def _sum(group: ProcessGroup, x: Tensor) -> None:
-    """Sum x over the group, in its memory."""
-    group.allreduce([x], _OPTIONS).wait()
+def _options(reduction: str) -> AllreduceOptions:
+    options = AllreduceOptions()
+    options.reduceOp = _REDUCTIONS[reduction]  # type: ignore[assignment]
+    return options
+
+
+def _reduce(group: ProcessGroup, options: AllreduceOptions, x: Tensor) -> None:
+    """Reduce x over the group, in its memory."""
+    group.allreduce([x], options).wait()
 
 
 def _does_nothing(call: _Call) -> bool:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from meshloom.parallel.vocab import CutLogits
 
 _functional = torch.ops._c10d_functional
+_LOW = 0xFFFFFFFF  # the lower half of an int64
 
 
 class Candidates(NamedTuple):
@@ -29,13 +30,21 @@ class Candidates(NamedTuple):
 
 
 def most_likely(logits: Tensor | CutLogits) -> Tensor:
-    """The token with the highest logit, the smallest id of several; (B, V) or its part -> (B,) int64."""
+    """The token with the highest logit, the smallest id of several; (B, V) or its part -> (B,) int64.
+
+    Parts meet in one maximum over the group, which is the same on all of its ranks: of numbers whose upper half orders
+    as the logit does, and whose lower half falls as the id grows.
+    """
     if not isinstance(logits, CutLogits):
         return logits.argmax(dim=-1)
+    assert logits.part.group is not None
     scores, places = logits.local.max(dim=-1)
-    found = _gathered(torch.stack([scores.double(), (places + logits.part.range[0]).double()], dim=-1), logits)
-    best = found[..., 0].argmax(dim=0, keepdim=True)  # of equal ones the first rank's, whose ids are smaller
-    return found[..., 1].gather(0, best)[0].long()
+    bits = (scores.float() + 0.0).view(torch.int32)  # 0 and -0 are equal
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # of floats below 0 larger bits mean smaller numbers
+    falling = _LOW - logits.part.range[0] - places
+    best = falling.add_(ordered.long(), alpha=_LOW + 1)
+    _functional.wait_tensor(_functional.all_reduce_(best, "max", logits.part.group.group_name))
+    return _LOW - (best & _LOW)
 
 
 def candidates(logits: Tensor | CutLogits, count: int, *, temperature: float = 1.0) -> Candidates:

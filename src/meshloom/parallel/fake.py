@@ -114,10 +114,11 @@ def dataless_copy(model: nn.Module) -> nn.Module:
     return _copy(model, nullcontext()) if _is_plain(model, {}) else fake_copy(model)
 
 
-def fake_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model whose tensors are fake ones on the same devices."""
+def fake_copy(model: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
+    """A copy of the model whose tensors are fake ones on the same devices, of `mode` if that is given."""
     first = next(model.parameters())
-    mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+    if mode is None:
+        mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     return _copy(model, mode)
 
 

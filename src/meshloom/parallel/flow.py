@@ -64,6 +64,7 @@ class Flow:
     puts: tuple[tuple[Place, ...], ...]  # layer -> where in its arguments' dicts it puts something
     written: frozenset[Output]  # those that are changed in place
     unreached: tuple[str, ...] = ()  # entries of lists of layers that are not called
+    looked_up: tuple[frozenset[str], ...] = ()  # part -> those of `parameters` of which rows were looked up
 
     def crossing(self, boundary: int) -> list[Output]:
         """The outputs that cross the boundary before layer `boundary`, in order."""
@@ -80,6 +81,13 @@ def find_layers(model: nn.Module) -> list[str]:
         if len(module) and all(next(entry.parameters(), None) is not None for entry in module):
             found += [f"{path}.{index}" for index in range(len(module))]
     return found
+
+
+def find_embeddings(model: nn.Module) -> list[tuple[Any, str]]:
+    """All embeddings, and the first names of their rows."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [(module, names[id(module.weight)]) for module in embeddings if id(module.weight) in names]
 
 
 def trace_flow(
@@ -140,9 +148,15 @@ class _Made:
     outputs: frozenset[Output] = frozenset()
     parameters: frozenset[str] = frozenset()
     inside: frozenset[int] = frozenset()  # layers of which it is neither output nor input, but something between
+    looked_up: frozenset[str] = frozenset()  # parameters of which rows were looked up for it
 
     def __or__(self, other: _Made) -> _Made:
-        return _Made(self.outputs | other.outputs, self.parameters | other.parameters, self.inside | other.inside)
+        return _Made(
+            self.outputs | other.outputs,
+            self.parameters | other.parameters,
+            self.inside | other.inside,
+            self.looked_up | other.looked_up,
+        )
 
 
 @dataclass(slots=True)
@@ -151,6 +165,7 @@ class _Part:
 
     outputs: set[Output] = field(default_factory=set)
     parameters: set[str] = field(default_factory=set)
+    looked_up: set[str] = field(default_factory=set)
 
 
 class _Tracer(TorchDispatchMode):
@@ -194,6 +209,7 @@ class _Tracer(TorchDispatchMode):
             puts=tuple(self.puts[index] for index in range(len(self.layers))),
             written=frozenset(self.written),
             unreached=tuple(path for path in self.candidates if path not in self.layers),
+            looked_up=tuple(frozenset(part.looked_up) for part in self.parts),
         )
 
     def _told(self, parameter: Tensor, fake: Tensor) -> None:
@@ -218,6 +234,8 @@ class _Tracer(TorchDispatchMode):
             return out
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made, is_write = self._of(tensors), func._schema.is_mutable
+        if func is torch.ops.aten.embedding.default:
+            made |= _Made(looked_up=self._of(args[:1]).parameters)
         if is_write:
             self.written |= self._of(args[:1]).outputs
         if self.current is not None:
@@ -241,6 +259,7 @@ class _Tracer(TorchDispatchMode):
             )
         self.parts[part].outputs |= made.outputs
         self.parts[part].parameters |= made.parameters - self.own
+        self.parts[part].looked_up |= made.looked_up
 
     def _name(self, part: int) -> str:
         return self.layers[part] if part < len(self.layers) else "the part after the last layer"

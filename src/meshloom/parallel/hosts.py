@@ -154,7 +154,7 @@ def _serve(port: int, told: Connection, other: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the ranks still need it while they are ended
         signal.signal(number, signal.SIG_IGN)
     try:
-        everyone = "0.0.0.0"  # nosec B104 - other hosts must reach it, and only who names several hosts comes here
+        everyone = "0.0.0.0"  # nosec B104 # other hosts must reach it, and only who names several hosts comes here
         store = TCPStore(everyone, port, is_master=True, wait_for_workers=False, multi_tenant=False)
     except RuntimeError as error:
         told.send(str(error).splitlines()[0][:200])

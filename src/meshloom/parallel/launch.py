@@ -38,6 +38,7 @@ from meshloom.errors import MeshloomError, PlanError, RunFailed
 from meshloom.parallel import one_host
 from meshloom.parallel.hosts import Hosts, joined
 from meshloom.parallel.meet import Meeting, meet
+from meshloom.parallel.waiting import last_collective, waited_in_vain, where_it_is
 
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 _MEETING = "MESHLOOM_MEETING"  # set by `launched`
@@ -268,7 +269,10 @@ def _note_end(note: Path, how: str, message: str, trace: str) -> None:
     part = note.with_suffix(
         f".{threading.get_ident()}.part"
     )  # whole or not at all: a rank may be killed while it writes
-    part.write_text(json.dumps({"time_ns": time.time_ns(), "how": how, "message": message, "traceback": trace}))
+    told = {"time_ns": time.monotonic_ns(), "how": how, "message": message, "traceback": trace}
+    if how != "finished":
+        told |= {"last": last_collective(), "at": where_it_is()}
+    part.write_text(json.dumps(told))
     part.replace(note)
 
 
@@ -284,6 +288,9 @@ def _explain(log_dir: Path, ranks: range) -> MeshloomError:
         if kind is not None:
             error: MeshloomError = kind(end["message"])
             return error
+    waited = waited_in_vain(ends, ranks)
+    if waited:
+        return RunFailed(f"{waited}; see {log_dir}")
     others = f"; the other {num_ranks - 1} were ended" if num_ranks > 2 else "; the other was ended" * (num_ranks - 1)
     silent = [rank for rank in ranks if rank not in ends]
     if silent or not by_time:  # others lose their connection to it and fail, but they can still say so

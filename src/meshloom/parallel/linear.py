@@ -91,6 +91,8 @@ class _EnterByProduct(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool) -> Tensor:
     if not input_major:
         return functional.linear(x, weight, bias)
+    if not torch.is_grad_enabled():  # one call in the place of three, to the same kernel
+        return functional.linear(x, weight.t(), bias)
     flat = x.reshape(-1, x.size(-1))
     out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
     return out.view(*x.shape[:-1], out.size(-1))
@@ -197,9 +199,18 @@ class RowParallelLinear(CutLinear):
     """
 
     leave: Crossing | None = None
+    bias_in_sum: Tensor | None = None  # (O): `add_bias_once` sets it
+
+    def add_bias_once(self) -> None:
+        """Let the group's first rank add the bias in its product and others zeros: one op less, and no gradient."""
+        if isinstance(self.bias, nn.Parameter):  # else the layer is another stage's
+            bias = self.bias.detach()
+            self.bias_in_sum = bias if self.group.rank() == 0 else torch.zeros_like(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I/tp) -> (…, O)."""
+        if self.bias_in_sum is not None:
+            return leave_region(_product(x, self.weight, self.bias_in_sum, self.input_major), self.group)
         if self.leave is not None:
             out = self.leave(_product(x, self.weight, None, self.input_major))
         else:

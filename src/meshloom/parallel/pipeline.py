@@ -27,7 +27,7 @@ from meshloom.errors import PlanError
 from meshloom.parallel.answers import Answers
 from meshloom.parallel.average import average_gradients
 from meshloom.parallel.fake import fake_copy
-from meshloom.parallel.flow import Flow, Output, held, trace_flow
+from meshloom.parallel.flow import Flow, Output, find_embeddings, held, trace_flow
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.schedule import SCHEDULES, Action, play
 from meshloom.parallel.stages import Stages
@@ -62,6 +62,7 @@ class Pipeline(nn.Module):
         self._known_shapes: dict[Any, Mapping[Output, Any]] = {}
         self._known_orders: dict[int, list[Action]] = {}
         self._hollows: list[tuple[nn.Module, str]] = []  # modules, and names of their parameters held elsewhere
+        self._embeddings = find_embeddings(model)
         self.shared = self._share(model)
         self._install(model)
         self.model = model
@@ -104,8 +105,7 @@ class Pipeline(nn.Module):
         holders: dict[str, set[int]] = {name: set() for name in names.values()}
         for stage in range(self.num_stages):
             begin, end = self.bounds[stage], self.bounds[stage + 1]
-            end_part = end + 1 if stage == self.num_stages - 1 else end
-            used = set().union(*self.flow.parameters[begin:end_part])
+            used = set().union(*self.flow.parameters[begin : self._end_of(stage)])
             for path in self.flow.layers[begin:end]:
                 used |= {names[id(parameter)] for parameter in model.get_submodule(path).parameters()}
             for name in used:
@@ -121,6 +121,10 @@ class Pipeline(nn.Module):
             hollow = module.__dict__[name]
             module.__dict__[name] = fn(hollow.new_zeros(())).expand(hollow.shape)
         return self
+
+    def _end_of(self, stage: int) -> int:
+        """The part after the last one of a stage: the last stage has what follows the layers, too."""
+        return self.bounds[stage + 1] + (stage == self.num_stages - 1)
 
     # -- the forward of one stage
 
@@ -191,6 +195,9 @@ class Pipeline(nn.Module):
         """What `stage` sends on; of the last stage [loss], or [logits] of a batch without labels."""
         made: dict[Output, Tensor] = dict(received)
         self._running, self._called = (stage, received, made), 0
+        looked_up = frozenset().union(*self.flow.looked_up[self.bounds[stage] : self._end_of(stage)])
+        for embedding, name in self._embeddings:  # the head may share the rows, which is no reason to look any up
+            embedding.idle = name not in looked_up and not self.depends_on_values
         try:
             result = self.model(**batch)
         except _StageOver:

@@ -88,6 +88,56 @@ class Placed:
             at = until
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A flat tensor that holds the elements of another from its element `begin` on, which lies in a whole as `placed`."""
+
+    tensor: Tensor
+    placed: Placed
+    begin: int
+
+    @property
+    def shape(self) -> Shape:
+        """That of the whole."""
+        return self.placed.shape
+
+    def like(self, tensor: Tensor) -> Run:
+        """Another tensor that lies where this one does."""
+        return replace(self, tensor=tensor)
+
+    def boxes(self) -> list[tuple[Shape, Shape, Tensor]]:
+        """(offsets in the whole, sizes, the part of the tensor) of each block of elements."""
+        placed, found, place = self.placed, [], 0
+        if not placed.shape:
+            return [((), (), self.tensor.view(()))]
+        for offsets, sizes in _blocks(tuple(placed.tensor.shape), self.begin, self.begin + self.tensor.numel()):
+            block = self.tensor[place : place + prod(sizes)].view(sizes)
+            place += block.numel()
+            low, first = offsets[placed.dim], 0  # of a range, counted in what is held
+            for begin, end in placed.ranges:
+                start, stop = max(low, first), min(low + sizes[placed.dim], first + end - begin)
+                if start < stop:
+                    where = (*offsets[: placed.dim], begin + start - first, *offsets[placed.dim + 1 :])
+                    what = (*sizes[: placed.dim], stop - start, *sizes[placed.dim + 1 :])
+                    found.append((where, what, block.narrow(placed.dim, start - low, stop - start)))
+                first += end - begin
+        return found
+
+
+def _blocks(shape: Shape, begin: int, end: int) -> list[tuple[Shape, Shape]]:
+    """(offsets, sizes) of the blocks of a tensor that hold its elements `begin` to `end`, in their order."""
+    found: list[tuple[Shape, Shape]] = []
+    inner = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    at = begin
+    while at < end:
+        dim = next(dim for dim, size in enumerate(inner) if at % size == 0 and at + size <= end)
+        offsets = tuple(at // size % length for size, length in zip(inner, shape, strict=True))
+        count = min((end - at) // inner[dim], shape[dim] - offsets[dim])
+        found.append((offsets, (*(1 for _ in shape[:dim]), count, *shape[dim + 1 :])))
+        at += count * inner[dim]
+    return found
+
+
 def placed_parameters(model: nn.Module, mesh: Mesh, shapes: Mapping[str, Shape]) -> dict[str, Placed]:
     """The parameters that this rank holds of a cut model, by the names that `shapes`, of the whole model, has for them.
 

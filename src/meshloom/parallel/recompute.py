@@ -17,20 +17,22 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from meshloom.plan import Recompute
 
-# What is kept by `selective`: products with weights, and what was communicated.
-_KEPT = frozenset(
-    ("mm", "addmm", "_scaled_mm", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "wait_tensor")
-)
+# What is kept by `selective`: products with weights, and what was communicated. A sum that took the memory of a product
+# must not be taken again: the product that was kept is that sum already.
+_KEPT = frozenset((
+    "mm", "addmm", "_scaled_mm", "all_reduce", "all_reduce_", "all_gather_into_tensor", "reduce_scatter_tensor",
+    "wait_tensor",
+))  # fmt: skip
 
 
 def recompute(model: nn.Module, layers: Sequence[str], mode: Recompute) -> None:
     """Let the `layers` of `model`, by path, compute again in backward what `mode` does not keep.
 
-    Turns off the cache of keys and values, which a layer that runs twice would fill twice.
+    They get no cache of keys and values, which a layer that runs twice would fill twice. The model keeps its own:
+    forwards without one look into position ids for packed sequences, and so wait for the device in every step.
     """
     if mode == "none":
         return
-    without_cache(model)
     context: Any = partial(create_selective_checkpoint_contexts, _keep) if mode == "selective" else None
     for path in layers:
         layer = model.get_submodule(path)
@@ -49,7 +51,14 @@ def _forward(forward: Callable[..., Any], context: Any, *args: Any, **kwargs: An
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     more = {} if context is None else {"context_fn": context}
+    args = tuple(None if _is_cache(value) else value for value in args)
+    kwargs = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
     return checkpoint(forward, *args, use_reentrant=False, **more, **kwargs)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether the argument is what transformers calls a cache, which this room does not import."""
+    return any(kind.__name__ == "Cache" for kind in type(value).__mro__)
 
 
 def _keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -27,9 +27,14 @@ def run_plainly(function: Callable[..., Any], *tensors: Tensor) -> Any:
 
 
 def relay(
-    pipeline: Pipeline, arguments: Callable[[Tensor], Mapping[str, Any]], ids: Tensor, *, run: Run = run_plainly
-) -> Tensor | CutLogits | None:
-    """The logits of the model on what `arguments` makes of `ids` (B, S); None but on the last stage.
+    pipeline: Pipeline,
+    arguments: Callable[[Tensor], Mapping[str, Any]],
+    ids: Tensor,
+    *,
+    finish: Callable[[Tensor | CutLogits], list[Tensor]],
+    run: Run = run_plainly,
+) -> list[Tensor] | None:
+    """What `finish` makes of the model's logits on what `arguments` makes of `ids` (B, S); None but on the last stage.
 
     Every rank of the pipeline must call this at the same point. Raises PlanError if what a stage sends on has another
     shape than the stage after it can know.
@@ -43,11 +48,11 @@ def relay(
 
     def forward(ids: Tensor, *received: Tensor) -> list[Any]:
         result: list[Any] = pipeline.pass_stage(stage, arguments(ids), dict(zip(inputs, received)))
-        return [one.local if isinstance(one, CutLogits) else one for one in result]
+        return finish(result[0]) if stage == pipeline.num_stages - 1 else result
 
-    made = run(forward, ids, *received)
+    made: list[Tensor] = run(forward, ids, *received)
     if stage == pipeline.num_stages - 1:
-        return whole_or_cut(made[0], pipeline.model)
+        return made
     for place, (output, tensor) in enumerate(zip(pipeline.crossing[stage + 1], made, strict=True)):
         if tuple(tensor.shape) != tuple(shapes[output][0]):
             layer = pipeline.flow.layers[output.layer]

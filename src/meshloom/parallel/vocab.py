@@ -271,16 +271,16 @@ class CutVocabulary:
         ]
 
     def _before_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        begin, end = self.part.range
-        outside = (args[0] < begin) | (args[0] >= end)
-        self.outside = outside
-        return ((args[0] - begin).masked_fill(outside, 0), *args[1:])
+        place = args[0] - self.part.range[0]
+        within = place.clamp(0, self.part.num_entries - 1)
+        self.outside = within != place
+        return (within, *args[1:])
 
     def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         outside, self.outside = self.outside, None
         assert outside is not None
-        if module._parameters.get("weight") is None or self.part.group is None:
-            return output  # a pipeline stage that does not use the embedding
+        if module._parameters.get("weight") is None or getattr(module, "idle", False) or self.part.group is None:
+            return output  # a pipeline stage that does not use the embedding, or its rows for the head alone
         return leave_region(output.masked_fill(outside.unsqueeze(-1), 0), self.part.group)
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:

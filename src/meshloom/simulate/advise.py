@@ -107,7 +107,7 @@ def plans(shape: Shape, cluster: Cluster, global_batch: int) -> Iterator[tuple[P
     devices = cluster.num_devices
     for tp in _divisors(cluster.devices_per_host):
         shares = shape.num_kv_heads % tp and tp % shape.num_kv_heads
-        if shape.num_heads % tp or shape.intermediate_size % tp or shares:
+        if shape.num_heads % tp or any(width % tp for width in shape.cut_widths) or shares:
             continue
         for pp in _divisors(devices // tp):
             dp = devices // tp // pp

@@ -19,20 +19,32 @@ Gemm = tuple[int, int, int, int]  # batch, m, n, k
 _LIKE = {"float32": "float32", "float64": "float64", "bfloat16": "bfloat16", "float16": "float16"}
 _SPLITS = np.array((1, 2, 3, 4, 6, 8, 12, 16, 32), dtype=float)
 # Output tiles that vendors' libraries choose among; larger than 128 x 256 does not fit the registers.
-_TILES = np.array([(m, n) for m in (16, 32, 64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 128 * 256], float)
+_TILES = np.array(
+    [(m, n) for m in (16, 32, 64, 128, 256) for n in (64, 128, 256) if (n < 256 or m >= 64) and m * n <= 128 * 256],
+    dtype=float,
+)
 _LONG_S = 1e-3  # products of about this length begin to meet the power limit
+_ROTATION = 5  # second factors that the microbenchmarks go through, so that small ones alone stay in the cache
+_EDGE = 12.0  # how sharply a working set stops fitting the cache
 
 
 def gemm_seconds(
-    gemms: tuple[Gemm, ...], device: Device, dtype: str = "bfloat16", itemsize: int = 2, clock: float = 1.0
+    gemms: tuple[Gemm, ...],
+    device: Device,
+    dtype: str = "bfloat16",
+    itemsize: int = 2,
+    clock: float = 1.0,
+    rotation: int = _ROTATION,
 ) -> list[float]:
     """How long each product (batch, m, n, k) takes alone, as a microbenchmark would measure it.
 
-    The library is assumed to choose the best of its tiles and splits of k. For a tile of a·b: waves
-    w = batch·⌈m/a⌉·⌈n/b⌉·split / multiprocessors, an unfilled last wave costing `wave_loss` of itself; each wave
-    takes (k + k_ramp)·max(2ab / peak, (a + b)·itemsize / cache) + tile_ns (wave quantisation: NVIDIA, Matrix
-    Multiplication Background; K ramp and tiles: Zhang et al., LLMCompass 2024). Loading takes bytes / bandwidth,
-    less if too few tiles are in flight. Both overlap with the exponent `sharpness`. `clock` is the part of the peak
+    For a tile of a·b and a split of k: waves w = batch·⌈m/a⌉·⌈n/b⌉·split / multiprocessors, an unfilled last wave
+    costing `wave_loss` of itself; each wave takes (k + k_ramp)·max(2ab / peak, (a + b)·itemsize / cache) + tile_ns
+    (wave quantisation: NVIDIA, Matrix Multiplication Background; K ramp and tiles: Zhang et al., LLMCompass 2024).
+    Loading takes bytes / bandwidth, less if too few tiles are in flight, and from the cache where m·k + rotation·k·n +
+    m·n fits `resident` of it: a loop that goes through `rotation` second factors. Both overlap with the exponent
+    `sharpness`; writing the last wave's results, `tail` times as slow, with neither. The library chooses among tiles
+    and splits well, not best: a mean of the times weighted by (least / time)^`choice`. `clock` is the part of the peak
     that a hot device keeps (`Device.sustained`); long products meet the power limit even alone (`throttle`), and the
     lower of the two counts.
     """
@@ -47,6 +59,7 @@ def gemm_seconds(
         device.cache_bytes,
         itemsize,
         clock,
+        rotation,
     )
 
 
@@ -60,11 +73,11 @@ def _gemm_seconds(
     cache: int,
     itemsize: int,
     clock: float,
+    rotation: int,
 ) -> list[float]:
     batch, m, n, k = (np.array(column, dtype=float)[:, None, None] for column in zip(*gemms, strict=True))
     a, b, split = _TILES[None, :, :1], _TILES[None, :, 1:], _SPLITS[None, None, :]
-    flops = 2 * batch * m * n * k
-    ideal = flops / (peak * curve.efficiency)
+    ideal = 2 * batch * m * n * k / (peak * curve.efficiency)
     speed = peak * curve.efficiency / units * np.minimum(clock, 1 - curve.throttle * ideal / (ideal + _LONG_S))
     waves = batch * np.ceil(m / a) * np.ceil(n / b) * split / units
     rounds = np.maximum(1, waves + curve.wave_loss * (np.ceil(waves) - waves))
@@ -74,30 +87,46 @@ def _gemm_seconds(
     step = np.maximum(step, curve.step_ns * 1e-9 / 64)
     length = k if curve.k_ramp == 0 else np.ceil(k / split / 64) * 64  # the ideal device has no granularity
     computing = rounds * (step * (length + curve.k_ramp) + curve.tile_ns * 1e-9)
-    moved = batch * (m * k + k * n + m * n) * itemsize
-    loading = (moved + np.where(split > 1, 8 * batch * m * n * split, 0)) / _bandwidth(moved, curve, bandwidth, cache)
-    if curve.occupancy:
-        loading = loading / np.minimum(1, waves * curve.occupancy)
+    read, written = batch * (m * k + k * n) * itemsize, batch * m * n * itemsize
+    speed_of_bytes, speed_of_sums = _bandwidth(
+        read + written + (rotation - 1) * batch * k * n * itemsize, curve, bandwidth, cache
+    )
+    in_flight = np.minimum(1, waves * curve.occupancy) if curve.occupancy else np.ones_like(waves)
+    last = 1 / np.maximum(1, waves)
+    partial = np.where(split > 1, 8 * batch * m * n * split, 0) / speed_of_sums
+    loading = (read / speed_of_bytes + partial) / in_flight + written / speed_of_bytes * (1 - last * (curve.tail > 0))
     if curve.sharpness:
         # of very different sizes the power of the smaller vanishes, so scale by the larger
         large, small = np.maximum(computing, loading), np.minimum(computing, loading)
         time = large * (1 + (small / large) ** curve.sharpness) ** (1 / curve.sharpness)
     else:
         time = np.maximum(computing, loading)
+    time = time + curve.tail * written / speed_of_bytes * last / in_flight
     time = time + curve.start_ns * 1e-9 + np.where(split > 1, curve.split_ns * 1e-9, 0)
-    time = np.where((split > 1) & (k / split < 128), np.inf, time)
-    found: list[float] = time.min(axis=(1, 2)).tolist()
+    time = np.where((split > 1) & (k / split < 128), np.inf, time).reshape(len(gemms), -1)
+    found: list[float] = _chosen(time, curve.choice).tolist()
     return found
 
 
-def _bandwidth(moved: np.ndarray, curve: GemmCurve, bandwidth: float, cache: int) -> np.ndarray:
-    """Bytes a second of memory, or of the cache for what stays in it between calls."""
+def _chosen(time: np.ndarray, choice: float) -> np.ndarray:
+    """The time of the tile and split that a library takes: the least, or a mean that leans to it."""
+    least: np.ndarray = time.min(axis=1)
+    if not choice:
+        return least
+    weight = (least[:, None] / time) ** choice
+    found: np.ndarray = (weight * np.where(np.isinf(time), 0, time)).sum(axis=1) / weight.sum(axis=1)
+    return found
+
+
+def _bandwidth(working: np.ndarray, curve: GemmCurve, bandwidth: float, cache: int) -> tuple[np.ndarray, float]:
+    """Bytes a second of factors and results, from memory or, where the working set stays in it, from the cache; and
+    of partial sums, which always stay in it."""
     memory = bandwidth * curve.memory_efficiency
-    if not (curve.resident and cache and curve.cache_bytes_per_second):
-        return np.full_like(moved, memory)
-    warm = 1 / (1 + (moved / (curve.resident * cache)) ** 4)
-    found: np.ndarray = 1 / ((1 - warm) / memory + warm / curve.cache_bytes_per_second)
-    return found
+    if not (curve.resident and cache and curve.resident_bytes_per_second):
+        return np.full_like(working, memory), memory
+    warm = 1 / (1 + (working / (curve.resident * cache)) ** _EDGE)
+    found: np.ndarray = 1 / ((1 - warm) / memory + warm / curve.resident_bytes_per_second)
+    return found, curve.resident_bytes_per_second
 
 
 def attention_seconds(

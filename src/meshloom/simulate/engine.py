@@ -7,7 +7,7 @@ nodes became ready, so that equal inputs give equal timelines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush, heappushpop
 
 from meshloom.chakra.timeline import Span, Timeline
@@ -32,11 +32,31 @@ def simulate(
     played once; `wanted` asks what would be if. Raises HardwareError if the cluster is too small, SimulationError if
     the traces cannot run to their end.
     """
-    cluster.check_fits(max(int(trace.get("world_size", 0)) or rank + 1 for rank, trace in traces.items()))
+    program = prepare(traces, cluster, durations=durations, fold=fold, wanted=wanted)
+    starts, ends = play(program)
+    return timeline_of(program, starts, ends, cluster=cluster, world_size=len(traces))
+
+
+def prepare(
+    traces: Mapping[int, Trace],
+    cluster: Cluster,
+    *,
+    durations: Durations = "model",
+    fold: bool = True,
+    wanted: Change | None = None,
+) -> Program:
+    """The program that `simulate` plays; raises HardwareError, SimulationError."""
+    cluster.check_fits(max((int(trace.get("world_size", 0)) or rank + 1 for rank, trace in traces.items()), default=1))
     program = program_of(traces, cluster, durations=durations, fold=fold)
     if wanted is not None:
         change(program, wanted)
-    starts, ends = play(program)
+    return program
+
+
+def timeline_of(
+    program: Program, starts: Sequence[int], ends: Sequence[int], *, cluster: Cluster, world_size: int
+) -> Timeline:
+    """The timeline of a program that was played, of all ranks of its roles."""
     spans = [
         Span(
             rank,
@@ -49,20 +69,20 @@ def simulate(
             node.get("module", ""),
         )
         for number, node in enumerate(program.nodes)
-        if _shown(program, number)
+        if on_device(program, number)
         for rank in program.roles[program.owner[number]]
     ]
     spans.sort(key=lambda span: (span.start_ns, span.rank))
     return Timeline(
         spans=spans,
         source="predicted",
-        world_size=len(traces),
+        world_size=world_size,
         makespan_ns=max(ends, default=0),
         cluster=cluster.name,
     )
 
 
-def _shown(program: Program, number: int) -> bool:
+def on_device(program: Program, number: int) -> bool:
     """Whether a node ran on a device: host scopes enclose others and are no work of their own."""
     if program.kind[number] == HOST:
         node = program.nodes[number]

@@ -6,7 +6,7 @@ The parts of `layer` in the order of the plan's schedule, messages between stage
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from meshloom.chakra.file import paused_collection
@@ -14,6 +14,8 @@ from meshloom.chakra.timeline import Span, Timeline, Track
 from meshloom.parallel.schedule import SCHEDULES, Action, Kind
 from meshloom.simulate.engine import play
 from meshloom.simulate.layer import Kernel, kernels, layer
+from meshloom.simulate.memory import layer_activation_bytes, stage_memory
+from meshloom.simulate.outcome import Outcome, Played, Usage, path_of, shares_of, usage_of
 from meshloom.simulate.program import COMMUNICATION, COMPUTE, Program
 from meshloom.simulate.shape import Job
 from meshloom.simulate.step import (
@@ -26,6 +28,7 @@ from meshloom.simulate.step import (
     together,
 )  # fmt: skip
 
+_MESSAGE = "message"
 _FORWARD_PART = 1 / 3  # of embedding and logits: one of three products
 
 
@@ -78,7 +81,7 @@ def _imagine(job: Job) -> _Writer:
     schedule = SCHEDULES[plan.schedule](plan.pp, plan.num_micro_batches, plan.virtual_stages)
     templates = _templates(job)
     last = plan.pp * plan.virtual_stages - 1
-    message = _Part("message", COMMUNICATION, round(message_between_stages(job) * 1e9), -1)
+    message = _Part(_MESSAGE, COMMUNICATION, round(message_between_stages(job) * 1e9), -1)
     made: dict[Action, int] = {}  # what the next stage waits for
     late: list[tuple[int, Action]] = []  # first node of an action, and what it waits for from another stage
     closing = [
@@ -165,17 +168,70 @@ def _needed(action: Action, last: int) -> Action | None:
 
 def simulate_job(job: Job) -> Timeline:
     """The timeline of one rank of each pipeline stage; `world_size` counts all ranks of the plan."""
+    return _play(job)[1]
+
+
+def _play(job: Job) -> tuple[Played, Timeline, _Writer]:
     with paused_collection():
         writer = _imagine(job)
-        program = writer.program
+        program, parts = writer.program, writer.parts
         starts, ends = play(program)
         spans = [
             _span(part, action, program.roles[role][0], number, starts[number], ends[number])
-            for number, (part, action, role) in enumerate(zip(writer.parts, writer.actions, program.owner, strict=True))
+            for number, (part, action, role) in enumerate(zip(parts, writer.actions, program.owner, strict=True))
         ]
-    return Timeline(
+    timeline = Timeline(
         spans=spans, source="predicted", world_size=job.plan.world_size, makespan_ns=max(ends), cluster=job.cluster.name
     )
+    played = Played(
+        program, starts, ends, lambda number: parts[number].name, lambda number: number,
+        lambda number: parts[number].name == _MESSAGE, lambda number: True,
+    )  # fmt: skip
+    return played, timeline, writer
+
+
+def predict_job(job: Job) -> Outcome:
+    """What a step of `job` comes to, event by event: as `outcome.predict`, of one rank of each pipeline stage."""
+    played, timeline, writer = _play(job)
+    seconds = timeline.makespan_ns / 1e9
+    flops = job.shape.model_flops(job.seq_length) * job.global_batch
+    return Outcome(
+        timeline=timeline,
+        world_size=job.plan.world_size,
+        ranks=shares_of(played),
+        path=path_of(played),
+        memory=_memory(job, played, writer),
+        capacity_bytes=job.cluster.device.memory_bytes,
+        tokens_per_second=job.global_batch * job.seq_length / seconds,
+        mfu=flops / seconds / (job.cluster.device.peak(job.dtype) * job.plan.world_size),
+    )
+
+
+def _memory(job: Job, played: Played, writer: _Writer) -> list[Usage]:
+    """Memory of each stage: what is there between steps, and what each forward pass keeps until its backward pass."""
+    plan = job.plan
+    counts = _layers_of_stages(job)
+    last = plan.pp * plan.virtual_stages - 1
+    whole = layer_activation_bytes(replace(job, plan=replace(plan, recompute="none")))
+    changes: list[list[tuple[int, int]]] = [[] for _ in range(plan.pp)]
+    bounds: dict[tuple[int, Action], list[int]] = {}
+    for number, (action, role) in enumerate(zip(writer.actions, played.program.owner, strict=True)):
+        if action is not None and writer.parts[number].name != _MESSAGE:
+            bounds.setdefault((role, action), [number, number])[1] = number
+    for (role, action), (first, final) in bounds.items():
+        kept = counts[action.stage] * layer_activation_bytes(job)
+        if action.stage == 0:
+            kept += 2 * job.tokens * job.shape.hidden_size / (plan.tp if plan.sequence_parallel else 1)
+        logits = job.tokens * job.padded_vocab / plan.tp * job.stack.logit_kept_bytes if action.stage == last else 0.0
+        if action.kind == "forward":
+            changes[role].append((played.starts[first], round(kept + logits)))
+        elif action.kind != "input":  # what the weights' gradients need is let go of last
+            again = round(whole) if plan.recompute == "full" else 0  # the layer that is being recomputed
+            changes[role] += [(played.starts[first], again), (played.ends[final], -round(kept + logits) - again)]
+    return [
+        usage_of(played.program.roles[stage], round(stage_memory(job, stage).static_bytes), mine)
+        for stage, mine in enumerate(changes)
+    ]
 
 
 def _span(part: _Part, action: Action | None, rank: int, number: int, start: int, end: int) -> Span:

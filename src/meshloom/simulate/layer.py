@@ -6,11 +6,14 @@ all-reduces forward and two backward, or a gather and a scatter for each under s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from meshloom.simulate.compute import attention_seconds, gemm_seconds
+from meshloom.simulate.compute import Gemm, attention_seconds, gemm_seconds
 from meshloom.simulate.network import collective_seconds, message_seconds
 from meshloom.simulate.shape import Job
+
+_ROUTED_BYTES = 10.0  # 4 to gather a row, 6 to weight it and add it up
 
 
 class Pass(NamedTuple):
@@ -48,7 +51,15 @@ class _Products(NamedTuple):
 
 
 def layer(job: Job) -> Layer:
-    """What a layer of `job` costs for one micro-batch on one rank."""
+    """What a layer of `job` costs for one micro-batch on one rank; the mean of its layers where they differ."""
+    share = job.shape.dense_share
+    if 0 < share < 1:
+        dense, sparse = (_layer(replace(job, shape=job.shape.alike(dense=which))) for which in (True, False))
+        return Layer(*(one.times(share) + other.times(1 - share) for one, other in zip(dense, sparse, strict=True)))
+    return _layer(replace(job, shape=job.shape.alike(dense=share == 1)) if job.shape.experts else job)
+
+
+def _layer(job: Job) -> Layer:
     products = _products(job)
     element_f, element_b = _elementwise(job)
     attention_f, attention_b = _attention(job)
@@ -74,20 +85,45 @@ def _recompute(job: Job, forward: Pass, attention: float, elementwise: float, pr
 
 
 def _products(job: Job) -> _Products:
-    tp, tokens = job.plan.tp, job.tokens
-    qkv, out, up, down = job.shape.linears
-    cut = [(qkv[0] // tp, qkv[1]), (out[0], out[1] // tp), (up[0] // tp, up[1]), (down[0], down[1] // tp)]
-    shapes = [(1, tokens, n, k) for n, k in cut]
-    shapes += [(1, tokens, k, n) for n, k in cut]
-    shapes += [(1, n, k, tokens) for n, k in cut]
+    groups = _shapes(job)
+    shapes = [shape for group in groups for shape in group]
     device = job.cluster.device
     times = gemm_seconds(tuple(shapes), device, job.dtype, _itemsize(job), device.sustained)
     if job.dtype.startswith(("float8", "float4")):
         # both factors are cast, each once for two products: read 2 bytes, write 1, and once more transposed
         speed = device.memory_bytes_per_second * device.memory_efficiency
-        casts = [job.stack.cast_bytes * (m * k + n * k) / 2 / speed for _, m, n, k in shapes]
+        casts = [job.stack.cast_bytes * b * (m * k + n * k) / 2 / speed for b, m, n, k in shapes]
         times = [time + cast for time, cast in zip(times, casts, strict=True)]
-    return _Products(times[:4], times[4:8], times[8:])
+    left = iter(times)
+    sums = [sum(next(left) for _ in group) for group in groups]
+    return _Products(sums[:4], sums[4:8], sums[8:])
+
+
+def _shapes(job: Job) -> list[list[Gemm]]:
+    """The products (batch, m, n, k) of the four places of a layer: forward, input gradients, weight gradients.
+
+    Of a mixture the experts of a place are one grouped product, each on its even share of the tokens.
+    """
+    tp, tokens, experts = job.plan.tp, job.tokens, job.shape.experts
+    qkv, out, up, down = job.shape.linears
+    cut = [(qkv[0] // tp, qkv[1]), (out[0], out[1] // tp), (up[0] // tp, up[1]), (down[0], down[1] // tp)]
+    places: list[list[tuple[int, int, int, int]]] = [[(1, tokens, n, k)] for n, k in cut]  # how many, rows, out, in
+    if experts is not None:
+        hidden, gates = job.shape.hidden_size, 2 if job.shape.gated else 1
+        active = min(experts.count, tokens * experts.per_token)
+        rows, width = max(1, tokens * experts.per_token // active), max(1, experts.width // tp)
+        places[2:] = [
+            [(active, rows, gates * width, hidden), (1, tokens, experts.count, hidden)],  # and the router
+            [(active, rows, hidden, width)],
+        ]
+        if experts.shared_width:
+            shared = max(1, experts.shared_width // tp)
+            places[2].append((1, tokens, gates * shared, hidden))
+            places[3].append((1, tokens, hidden, shared))
+    forward = [[(b, m, n, k) for b, m, n, k in place] for place in places]
+    data = [[(b, m, k, n) for b, m, n, k in place] for place in places]
+    weight = [[(b, n, k, m) for b, m, n, k in place] for place in places]
+    return [*forward, *data, *weight]
 
 
 def _itemsize(job: Job) -> int:
@@ -98,8 +134,10 @@ def _elementwise(job: Job) -> tuple[float, float]:
     """Norms, activation, residuals, dropout, layout: bytes moved and kernels launched; gradients accumulate too."""
     stack, shape, tp = job.stack, job.shape, job.plan.tp
     width = stack.hidden_bytes * shape.hidden_size / (tp if job.plan.sequence_parallel else 1)
-    width += stack.ffn_bytes * shape.intermediate_size / tp
-    width += stack.head_bytes * (shape.hidden_size + 2 * shape.num_kv_heads * shape.head_dim) / 3 / tp
+    width += stack.ffn_bytes * shape.active_width / tp
+    if shape.experts is not None:  # rows go to their experts and come back weighted: read and written, both ways
+        width += _ROUTED_BYTES * shape.experts.per_token * shape.hidden_size
+    width += stack.head_bytes * (shape.num_heads * shape.head_dim + 2 * shape.num_kv_heads * shape.head_dim) / 3 / tp
     device = job.cluster.device
     speed = device.memory_bytes_per_second * device.memory_efficiency
     kernels_f, kernels_b = stack.elementwise_kernels
@@ -214,6 +252,20 @@ class Kernel(NamedTuple):
 
 def kernels(job: Job) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
     """A layer's parts in their order, for one micro-batch: forward, recomputed, backward; they sum to `layer`."""
+    share = job.shape.dense_share
+    if 0 < share < 1:
+        dense, sparse = (_kernels(replace(job, shape=job.shape.alike(dense=which))) for which in (True, False))
+        return tuple(  # type: ignore[return-value]
+            [
+                one._replace(seconds=share * one.seconds + (1 - share) * other.seconds)
+                for one, other in zip(some, others, strict=True)
+            ]
+            for some, others in zip(dense, sparse, strict=True)
+        )
+    return _kernels(replace(job, shape=job.shape.alike(dense=share == 1)) if job.shape.experts else job)
+
+
+def _kernels(job: Job) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
     products, one = _products(job), layer(job)
     element_f, element_b = _elementwise(job)
     attention_f, attention_b = _attention(job)

@@ -47,13 +47,17 @@ def device_from(
     itemsize = 4 if dtype == "float32" else 2
     shapes = [shape for shape, _ in products]
     seconds = [each for _, each in products]
-    device = replace(device, gemm=fit_gemm(device, shapes, seconds, rounds=40, dtype=dtype, itemsize=itemsize))
+    device = replace(
+        device, gemm=fit_gemm(device, shapes, seconds, rounds=40, dtype=dtype, itemsize=itemsize, rotation=1)
+    )
     attended = [Attended(b, h, h, length, width, each) for (b, h, length, width), each in attentions]
     device = replace(device, attention=fit_attention(device, attended))
     notes = [
         f"peak {peak / 1e12:.3g} TFLOP/s in {dtype}, memory {bandwidth / 1e9:.3g} GB/s, a kernel at least "
         f"{launch_ns / 1e3:.3g} µs",
-        _told("products", [float(x) for x in gemm_seconds(tuple(shapes), device, dtype, itemsize)], seconds),
+        _told(
+            "products", [float(x) for x in gemm_seconds(tuple(shapes), device, dtype, itemsize, rotation=1)], seconds
+        ),
         _told("attention", [attention_seconds(*each[:5], device) for each in attended], [x.seconds for x in attended]),
     ]
     if all_reduces:

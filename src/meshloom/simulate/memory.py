@@ -98,8 +98,10 @@ def _whole_layer_bytes(job: Job) -> float:
     hidden, heads = shape.hidden_size, shape.num_heads * shape.head_dim
     key_values = 2 * shape.num_kv_heads * shape.head_dim
     # inputs of two norms and of two products; dropout masks (one byte) in stacks that drop
-    replicated = (8 + (2 if stack.dropout else 0)) * hidden
-    cut = 2 * (heads + key_values) + 2 * heads + stack.ffn_kept_bytes * shape.intermediate_size
+    replicated = (8.0 + (2 if stack.dropout else 0)) * hidden
+    cut = 2 * (heads + key_values) + 2 * heads + stack.ffn_kept_bytes * shape.active_width
+    if shape.experts is not None:  # rows as they go to their experts, and as they come back
+        replicated += (1 - shape.dense_share) * 4 * shape.experts.per_token * hidden
     per_token = replicated / _sequence_cut(job) + cut / plan.tp
     scores = 0.0
     if not stack.flash and plan.recompute == "none":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from meshloom.errors import PlanError
@@ -12,10 +12,24 @@ from meshloom.simulate.stack import Stack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture in the place of the MLP: each token goes through `per_token` of `count` gated experts of `width`, and
+    through shared ones of `shared_width` together. `num_dense_layers` have a plain MLP, wherever they stand. Routing is
+    taken as even."""
+
+    count: int
+    per_token: int
+    width: int
+    shared_width: int = 0
+    num_dense_layers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Dims of a dense decoder (or encoder) of equal layers, under the names of Hugging Face's configs.
+    """Dims of a decoder (or encoder) of equal layers, under the names of Hugging Face's configs.
 
     `gated`: the MLP has a gate beside its up projection (Llama). `tied`: input and output embeddings are one.
+    `head_width`: of a head, where it is not hidden / heads. `experts`: a mixture of experts (Mixtral, Qwen-MoE).
     """
 
     num_layers: int
@@ -27,42 +41,99 @@ class Shape:
     gated: bool = False
     tied: bool = True
     learned_positions: int = 0
+    head_width: int = 0
+    experts: Experts | None = None
 
     @property
     def head_dim(self) -> int:
         """Width of a head."""
-        return self.hidden_size // self.num_heads
+        return self.head_width or self.hidden_size // self.num_heads
+
+    @property
+    def attention_linears(self) -> tuple[tuple[int, int], ...]:
+        """(output, input) widths of the products around attention: q·k·v, output."""
+        heads = self.num_heads * self.head_dim
+        return (heads + 2 * self.num_kv_heads * self.head_dim, self.hidden_size), (self.hidden_size, heads)
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
-        """(output, input) widths of a layer's products: q·k·v, attention output, up (and gate), down."""
-        qkv = self.hidden_size + 2 * self.num_kv_heads * self.head_dim
+        """(output, input) widths of the products of a layer with a plain MLP: q·k·v, output, up (and gate), down."""
         up = self.intermediate_size * (2 if self.gated else 1)
-        return (
-            (qkv, self.hidden_size),
-            (self.hidden_size, self.hidden_size),
-            (up, self.hidden_size),
-            (self.hidden_size, self.intermediate_size),
-        )
+        return (*self.attention_linears, (up, self.hidden_size), (self.hidden_size, self.intermediate_size))
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer: its products, two norms, and biases where there is no gate (GPT)."""
+    def dense_share(self) -> float:
+        """The part of the layers that have a plain MLP."""
+        return 1.0 if self.experts is None else self.experts.num_dense_layers / self.num_layers
+
+    @property
+    def cut_widths(self) -> tuple[int, ...]:
+        """The widths that tensor parallelism cuts in the MLP."""
+        if self.experts is None:
+            return (self.intermediate_size,)
+        dense = (self.intermediate_size,) if self.experts.num_dense_layers else ()
+        return (*dense, self.experts.width, *((self.experts.shared_width,) if self.experts.shared_width else ()))
+
+    def alike(self, *, dense: bool) -> Shape:
+        """The shape as if all its layers had a plain MLP, or none had."""
+        if self.experts is None:
+            return self
+        return replace(self, experts=None if dense else replace(self.experts, num_dense_layers=0))
+
+    @property
+    def active_width(self) -> float:
+        """The MLP's width that a token meets, on the average of the layers."""
+        if self.experts is None:
+            return self.intermediate_size
+        sparse = self.experts.per_token * self.experts.width + self.experts.shared_width
+        return self.dense_share * self.intermediate_size + (1 - self.dense_share) * sparse
+
+    @property
+    def active_weights(self) -> float:
+        """Weights of a layer's products that a token meets, on the average of the layers."""
+        attention = sum(out * inner for out, inner in self.attention_linears)
+        router = 0.0 if self.experts is None else (1 - self.dense_share) * self.experts.count * self.hidden_size
+        return attention + (3 if self.gated else 2) * self.active_width * self.hidden_size + router
+
+    def _parameters_of_layer(self) -> int:
+        """Of a layer with a plain MLP: its products, two norms, and biases where there is no gate (GPT)."""
         weights = sum(out * inner for out, inner in self.linears)
         biases = 0 if self.gated else sum(out for out, _ in self.linears)
         return weights + biases + (2 if self.gated else 4) * self.hidden_size
 
     @property
+    def layer_parameters(self) -> float:
+        """Parameters of one layer, on the average of the layers; all experts count."""
+        dense = self._parameters_of_layer()
+        if self.experts is None:
+            return dense
+        experts, hidden, num_products = self.experts, self.hidden_size, 3 if self.gated else 2
+        mixture = num_products * hidden * (experts.count * experts.width + experts.shared_width)
+        mixture += experts.count * hidden + (hidden if experts.shared_width else 0)  # router, gate of the shared
+        sparse = dense - num_products * hidden * self.intermediate_size + mixture
+        return self.dense_share * dense + (1 - self.dense_share) * sparse
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
         embeddings = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * self.layer_parameters + embeddings + self.learned_positions * self.hidden_size
+        layers = round(self.num_layers * self.layer_parameters)
+        return layers + embeddings + self.learned_positions * self.hidden_size
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that a token meets: of the experts those that it is sent to."""
+        if self.experts is None:
+            return self.num_parameters
+        asleep = (3 if self.gated else 2) * self.hidden_size * self.experts.width
+        asleep *= (self.experts.count - self.experts.per_token) * (self.num_layers - self.experts.num_dense_layers)
+        return self.num_parameters - asleep
 
     def model_flops(self, seq_length: int) -> float:
         """FLOPs of one sequence, forward and backward, no recomputation: Narayanan et al. 2021, equation 3 without
-        the recomputed third, for any MLP and number of key-value heads."""
-        weights = sum(out * inner for out, inner in self.linears) * self.num_layers
-        scores = 2 * self.num_layers * seq_length * self.hidden_size
+        the recomputed third, for any MLP and number of key-value heads; of a mixture the experts that a token meets."""
+        weights = self.active_weights * self.num_layers
+        scores = 2 * self.num_layers * seq_length * self.num_heads * self.head_dim
         return 6.0 * seq_length * (weights + scores + self.vocab_size * self.hidden_size)
 
 

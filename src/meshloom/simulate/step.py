@@ -113,7 +113,7 @@ def layers_by_stage(job: Job) -> list[float]:
     plan, shape = job.plan, job.shape
     if not job.stack.balanced_stages or plan.pp == 1:
         return [shape.num_layers / plan.pp] * plan.pp
-    head = shape.vocab_size * shape.hidden_size / sum(out * inner for out, inner in shape.linears)
+    head = shape.vocab_size * shape.hidden_size / shape.active_weights
     total, dealt, stage = shape.num_layers + head, [0.0] * plan.pp, 0
     for done in range(1, shape.num_layers + 1):
         dealt[stage] += 1
@@ -265,6 +265,8 @@ def _warnings(job: Job) -> tuple[str, ...]:
         found.append(f"sequence length {job.seq_length} lies outside the calibrated 512 to 65536")
     if plan.world_size > 3072:
         found.append(f"{plan.world_size} ranks are more than the 3072 that were measured")
+    if shape.experts is not None:
+        found.append("a mixture of experts was never held against a measured step; even routing, no expert parallelism")
     if plan.cp > 1:
         found.append(f"cp{plan.cp}: context parallelism was held against six measurements only")
     if plan.tp > job.cluster.devices_per_host:

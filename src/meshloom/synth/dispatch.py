@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +28,9 @@ from meshloom.chakra.build import Region, TraceBuilder
 from meshloom.chakra.trace import CommType
 from meshloom.errors import PlanError
 from meshloom.model.step import PHASE
+from meshloom.parallel.fake import tensors_among
 from meshloom.parallel.pipeline import MESSAGE
+from meshloom.synth.known import Results, results_of, signature
 from meshloom.synth.memory import Memory
 
 
@@ -53,6 +56,29 @@ _COLLECTIVES: dict[str, tuple[CommType, int]] = {
 }
 
 
+_DEVICE = torch.ops.prim.device.default
+
+
+class _Facts(NamedTuple):
+    """What a trace tells of an op; numbers mean its tensor arguments and, after those, its results."""
+
+    name: str
+    cost: cost.Cost
+    inputs: list[cost.Tensor]
+    outputs: list[cost.Tensor]
+    dtype: str
+    changed: list[int]
+    reads: list[tuple[int, int, int]]  # which one, and the bytes of its storage
+    writes: list[tuple[int, int, int]]
+
+
+class _Known(NamedTuple):
+    """What is known of an op on tensors of some shapes; without results it must be asked each time."""
+
+    results: Results | None
+    facts: _Facts
+
+
 class StepWatcher(TorchDispatchMode):
     """Hands every op that runs within it to `builder`; `groups` names each process group's ranks and axis."""
 
@@ -63,6 +89,7 @@ class StepWatcher(TorchDispatchMode):
         self._paths = paths
         self.marks: list[tuple[str, int]] = []  # each phase that began, and how many nodes there were
         self.memory = Memory()
+        self._known: dict[Hashable, _Known] = {}
         self._scopes: list[str] = []
         self._next: Callable[..., int] | None = None  # adds the node that was seen last, once it is known what it frees
         self._num_nodes = self._released = 0
@@ -109,8 +136,16 @@ class StepWatcher(TorchDispatchMode):
         numbers.append(torch._C._autograd._get_sequence_nr())
         modules.append(self._modules[-1] if self._modules else "")
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so at every op takes time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # what fake tensors are asked for most often
         kwargs = kwargs or {}
+        if func.namespace == "aten":
+            return self._compute(func, args, kwargs)
         name = func._schema.name
         if name == "profiler::_record_function_enter_new":
             self._scopes.append(args[0])
@@ -120,9 +155,11 @@ class StepWatcher(TorchDispatchMode):
         elif name == "profiler::_record_function_exit" and self._scopes.pop().startswith(PHASE):
             gc.collect()
             self._flush()
-        out = func(*args, **kwargs)
         if func.namespace in ("profiler", "prim"):
-            return out
+            return func(*args, **kwargs)
+        if func.namespace not in ("c10d", "_c10d_functional"):
+            return self._compute(func, args, kwargs)
+        out = func(*args, **kwargs)
         if name == "_c10d_functional::wait_tensor":
             # On fake tensors this returns other memory; in truth it is the same.
             self.memory.alias(out.untyped_storage(), args[0].untyped_storage())
@@ -130,10 +167,8 @@ class StepWatcher(TorchDispatchMode):
             self._communicate(name, args, kwargs, out)
         elif name in ("c10d::send", "c10d::recv_"):
             self._message(name, args)
-        elif func.namespace in ("c10d", "_c10d_functional"):
-            raise PlanError(f"{name} is a collective that synthesis does not know")
         else:
-            self._compute(name, func, args, kwargs, out)
+            raise PlanError(f"{name} is a collective that synthesis does not know")
         return out
 
     def _attrs(self) -> dict[str, Any]:
@@ -159,30 +194,39 @@ class StepWatcher(TorchDispatchMode):
             self._released = 0
         self._next = None
 
-    def _compute(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        for tensor in _changed(func._schema, args, kwargs):
-            self._region(tensor)  # what is new is allocated, though it counts as read as well
-            if not any(tensor is output for output in outputs):
-                outputs.append(tensor)
-        shapes, results = [_shape(tensor) for tensor in inputs], [_shape(tensor) for tensor in outputs]
-        work = cost.cost(name, shapes, results)
-        if work.op_class == "host":
-            return
+    def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op that is no communication, or what it did before on tensors like these, and note it."""
+        seen = signature(func, args, kwargs)
+        inputs = tensors_among((*args, *kwargs.values())) if seen is None else seen[1]
+        known = self._known.get(seen[0]) if seen is not None else None
+        if known is not None and known.results is not None:
+            out, facts = known.results.make(inputs), known.facts
+        else:
+            before = [tensor.shape for tensor in inputs]
+            out = func(*args, **kwargs)
+            facts = _facts(func, args, kwargs, inputs, out)
+            if seen is not None and known is None:
+                self._known[seen[0]] = _Known(results_of(func, inputs, before, out), facts)
+        storages = [tensor.untyped_storage() for tensor in (*inputs, *tensors_among((out,)))]
+        key = self.memory.key
+        for place in facts.changed:
+            key(storages[place], is_read=False)  # what is new is allocated, though it counts as read as well
+        if facts.cost.op_class == "host":
+            return out
         node = partial(
             self._builder.compute,
-            name,
-            cost=work,
-            inputs=shapes,
-            outputs=results,
-            reads=[self._region(tensor, is_read=True) for tensor in inputs],
-            writes=[self._region(tensor) for tensor in outputs],
+            facts.name,
+            cost=facts.cost,
+            inputs=facts.inputs,
+            outputs=facts.outputs,
+            reads=[Region(key(storages[place], is_read=True), begin, end) for place, begin, end in facts.reads],
+            writes=[Region(key(storages[place], is_read=False), begin, end) for place, begin, end in facts.writes],
             lane="compute",
-            dtype=_dtype(outputs or inputs),
+            dtype=facts.dtype,
             **self._attrs(),
         )
         self._add(node)
+        return out
 
     def _communicate(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         comm_type, source = _COLLECTIVES[name]
@@ -230,12 +274,41 @@ class StepWatcher(TorchDispatchMode):
         self._add(node)
 
     def _region(self, tensor: Tensor, *, is_read: bool = False) -> Region:
-        key = self.memory.key(tensor.untyped_storage(), is_read=is_read)
-        begin = int(tensor.storage_offset()) * tensor.itemsize
-        if not tensor.numel():
-            return Region(key, begin, begin)
-        extent = 1 + sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride()))
-        return Region(key, begin, begin + extent * tensor.itemsize)
+        return Region(self.memory.key(tensor.untyped_storage(), is_read=is_read), *_extent(tensor))
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that the tensor looks at, from the first to behind the last."""
+    begin = int(tensor.storage_offset()) * tensor.itemsize
+    if not tensor.numel():
+        return begin, begin
+    extent = 1 + sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride()))
+    return begin, begin + extent * tensor.itemsize
+
+
+def _facts(func: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor], out: Any) -> _Facts:
+    """What a trace tells of an op."""
+    results = tensors_among((out,))
+    changed = list(_changed(func._schema, args, kwargs))
+    more = [tensor for tensor in changed if not any(tensor is result for result in results)]
+    among = [*inputs, *results]
+    written = [*results, *more]
+    shapes, outputs = [_shape(tensor) for tensor in inputs], [_shape(tensor) for tensor in written]
+    name = func._schema.name
+    return _Facts(
+        name=name,
+        cost=cost.cost(name, shapes, outputs),
+        inputs=shapes,
+        outputs=outputs,
+        dtype=_dtype(written or list(inputs)),
+        changed=[_place(tensor, inputs) for tensor in changed],
+        reads=[(place, *_extent(tensor)) for place, tensor in enumerate(inputs)],
+        writes=[(_place(tensor, among), *_extent(tensor)) for tensor in written],
+    )
+
+
+def _place(tensor: Tensor, among: Sequence[Tensor]) -> int:
+    return next(place for place, other in enumerate(among) if other is tensor)
 
 
 def _shape(tensor: Tensor) -> cost.Tensor:

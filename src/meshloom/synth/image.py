@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meshloom.chakra.attribute import AttributeEncoder, varint
 from meshloom.chakra.build import group_id
@@ -21,11 +20,8 @@ from meshloom.chakra.trace import NodeType
 from meshloom.chakra.wire import ATTR_FIELD, StoredNodes
 from meshloom.plan import Plan
 from meshloom.synth.parts import HERE, Captured, Group, Line, Message, NotAlike, Part, Source, parts_of, source_part
+from meshloom.synth.wide import CONTROL, DATA, ID, NAME, TYPE, Bytes, Numbers, fill, wide, wide_all, width_for
 
-Bytes = NDArray[np.uint8]
-Numbers = NDArray[np.int64]
-
-_ID, _NAME, _TYPE, _CONTROL, _DATA = b"\x08", b"\x12", b"\x18", b"\x22", b"\x2a"
 _INT32, _INT64_LIST, _STRING = b"\x38", b"\x52", b"\xea\x01"  # values of an AttributeProto
 _GROUP_DIGITS = 10
 
@@ -77,11 +73,11 @@ class Image:
             ranks = [self.plan.rank(**{**where, group.axis: place}) for place in group.places]
             name = group_id(ranks, self.plan.world_size).encode()
             _put(self.data, names, np.frombuffer(name, np.uint8))
-            _put(self.data, lists, np.frombuffer(_wide_all(ranks, self.width), np.uint8))
+            _put(self.data, lists, np.frombuffer(wide_all(ranks, self.width), np.uint8))
         for peers, (sources, destinations) in self.peers.items():
             for places, at in zip(peers, (sources, destinations), strict=True):
                 other = self.plan.rank(**{**where, "pp": places})
-                _put(self.data, at, np.frombuffer(_wide(other, self.width), np.uint8))
+                _put(self.data, at, np.frombuffer(wide(other, self.width), np.uint8))
         return self.data
 
     def nodes(self, rank: int) -> StoredNodes:
@@ -109,32 +105,23 @@ def stamp(step: Captured, plan: Plan, place: int, standing: Sequence[int], carry
     counts = [len(step.parts[model[part]]) for part in parts]
     firsts = dict(zip(parts, (1 + np.cumsum([0, *counts[:-1]])).tolist()))
     most = max(sum(counts) + 1, plan.world_size, plan.pp * plan.virtual_stages * plan.num_micro_batches * 16 + 16)
-    press = _Press(step, plan, place, carry, width=3 if most < 1 << 21 else 4 if most < 1 << 28 else 5)
+    press = _Press(step, plan, place, carry, width=width_for(most))
     lanes: dict[Hashable, int] = {}
-    pieces: list[Bytes] = []
-    moulds: list[_Mould] = []
-    for part in parts:
-        mould, bases = press.part(part, model[part], firsts, lanes)
-        piece = mould.data.copy()
-        values = mould.offset + bases[mould.reference]
-        for byte in range(press.width):
-            more = 0x80 if byte < press.width - 1 else 0
-            piece[mould.at + byte] = (values >> 7 * byte) & 0x7F | more
-        pieces.append(piece)
-        moulds.append(mould)
-    return _joined(step, plan, press.width, parts, model, pieces, moulds)
+    pressed = [press.part(part, model[part], firsts, lanes) for part in parts]
+    return _joined(step, plan, press.width, [model[part] for part in parts], pressed)
 
 
 def _joined(
-    step: Captured,
-    plan: Plan,
-    width: int,
-    parts: Sequence[Part],
-    model: dict[Part, Part],
-    pieces: Sequence[Bytes],
-    moulds: Sequence[_Mould],
+    step: Captured, plan: Plan, width: int, parts: Sequence[Part], pressed: Sequence[tuple[_Mould, Numbers]]
 ) -> Image:
-    offsets = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1]
+    """The moulds one after the other, each with its numbers, which count from its bases."""
+    moulds = [mould for mould, _ in pressed]
+    bounds = np.cumsum([0, *(len(mould.data) for mould in moulds)])
+    data, offsets = np.empty(bounds[-1], np.uint8), bounds[:-1]
+    for (mould, bases), begin, end in zip(pressed, bounds, bounds[1:]):
+        piece = data[begin:end]
+        piece[:] = mould.data
+        fill(piece, mould.at, mould.offset + bases[mould.reference], width)
     ends = np.concatenate([mould.ends + offset for mould, offset in zip(moulds, offsets)])
     starts = np.concatenate(([0], ends[:-1]))
     tables: list[dict[Any, tuple[list[Numbers], list[Numbers]]]] = []
@@ -151,13 +138,13 @@ def _joined(
     )
     return Image(
         plan=plan,
-        data=np.concatenate(pieces),
+        data=data,
         width=width,
         begins=starts + np.concatenate([mould.heads for mould in moulds]),
         ends=ends,
         groups=groups,
         peers=peers,
-        peak_bytes=_peak(step, plan, [model[part] for part in parts]),
+        peak_bytes=_peak(step, plan, parts),
     )
 
 
@@ -256,8 +243,8 @@ class _Press:
             elif before[index]:
                 control = [(0, len(sources) + len(tags) + list(before).index(index))]
             lanes[line.lane] = index
-            clay.needs(_CONTROL, [need for need in control if need not in data])
-            clay.needs(_DATA, data)
+            clay.needs(CONTROL, [need for need in control if need not in data])
+            clay.needs(DATA, data)
             attrs = line.node.attrs
             if "module" in attrs:
                 attrs = {**attrs, "module": self._carry.module(attrs["module"], model.chunk)}
@@ -290,10 +277,10 @@ class _Clay:
 
     def begin(self, name: str, kind: int, index: int) -> None:
         """A node begins, number `index` of its part."""
-        self.body, self._mine, self._ours = bytearray(_ID), [], []
+        self.body, self._mine, self._ours = bytearray(ID), [], []
         self._wide(index, 0)
-        self.body += _NAME + varint(len(name.encode())) + name.encode()
-        self.body += _TYPE + varint(kind) if kind else b""
+        self.body += NAME + varint(len(name.encode())) + name.encode()
+        self.body += TYPE + varint(kind) if kind else b""
 
     def needs(self, tag: bytes, needs: Sequence[tuple[int, int]]) -> None:
         """Its dependencies of one kind."""
@@ -346,16 +333,6 @@ class _Clay:
 def _attribute(name: str, value: bytes) -> bytes:
     body = b"\x0a" + varint(len(name)) + name.encode() + value
     return bytes([ATTR_FIELD << 3 | 2]) + varint(len(body)) + body
-
-
-def _wide(value: int, width: int) -> bytes:
-    """The number as a varint of `width` bytes."""
-    more = [value >> 7 * byte & 0x7F | 0x80 for byte in range(width - 1)]
-    return bytes([*more, value >> 7 * (width - 1) & 0x7F])
-
-
-def _wide_all(values: Sequence[int], width: int) -> bytes:
-    return b"".join(_wide(value, width) for value in values)
 
 
 def _put(data: Bytes, places: Numbers, text: Bytes) -> None:

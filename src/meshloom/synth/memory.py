@@ -1,15 +1,16 @@
 """Which storages live, and how many bytes they take: who allocates them, and when the last tensor lets go of them.
 
-Storages are known by their address, and an address that is used again after its storage died is another storage.
+A storage has one Python object as long as it lives, whichever tensors share it, and that says when it dies.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 
 @dataclass(slots=True)
@@ -18,7 +19,8 @@ class _Block:
 
     key: int
     num_bytes: int
-    num_storages: int = 1
+    held: bool  # it was there before the step
+    num_storages: int = 0
 
 
 class Memory:
@@ -28,10 +30,9 @@ class Memory:
         self.held_bytes = 0
         self.live_bytes = 0  # beside those
         self.most_bytes = 0
-        self._known: dict[int, tuple[StorageWeakRef, _Block]] = {}
-        self._held: dict[int, tuple[StorageWeakRef, _Block]] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], _Block]] = {}
         self._num_blocks = 0
-        self._allocated = 0
+        self._allocated = self._released = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -40,33 +41,21 @@ class Memory:
 
     def hold(self, storage: torch.UntypedStorage) -> int:
         """The storage is there before the step, and stays; returns its key."""
-        found = self._find(storage)
+        found = self._known.get(storage._cdata)
         if found is None:
-            found = self._block(storage)
-            self._held[storage._cdata] = StorageWeakRef(storage), found
-            self.held_bytes += found.num_bytes
-        return found.key
+            return self._add(storage, held=True).key
+        return found[1].key
 
     def key(self, storage: torch.UntypedStorage, *, is_read: bool) -> int:
         """The key of the storage. One that is new is allocated now, unless it is read: then it was there before."""
-        found = self._find(storage)
-        if found is not None:
-            return found.key
-        if is_read:
-            return self.hold(storage)
-        found = self._block(storage)
-        self._known[storage._cdata] = StorageWeakRef(storage), found
-        self._allocated += found.num_bytes
-        return found.key
+        found = self._known.get(storage._cdata)
+        return self._add(storage, held=is_read).key if found is None else found[1].key
 
     def alias(self, storage: torch.UntypedStorage, of: torch.UntypedStorage) -> None:
         """`storage` stands for the same memory as `of`."""
-        block = self._find(of)
-        if block is None or self._find(storage) is block:
-            return
-        block.num_storages += 1
-        where = self._held if of._cdata in self._held else self._known
-        where[storage._cdata] = StorageWeakRef(storage), block
+        found = self._known.get(of._cdata)
+        if found is not None and storage._cdata not in self._known:
+            self._know(storage, found[1])
 
     def allocated(self) -> int:
         """Bytes allocated since this was asked last."""
@@ -77,35 +66,28 @@ class Memory:
 
     def released(self) -> int:
         """Bytes released since this was asked last."""
-        expired = torch.UntypedStorage._expired  # asked of every storage at every op
-        gone = [address for address, (reference, _) in self._known.items() if expired(reference.cdata)]
-        told = sum(self._forget(address) for address in gone)
+        told, self._released = self._released, 0
         self.live_bytes -= told
         return told
 
-    def _forget(self, address: int) -> int:
-        _, block = self._known.pop(address)
-        block.num_storages -= 1
-        return 0 if block.num_storages else block.num_bytes
-
-    def _find(self, storage: torch.UntypedStorage) -> _Block | None:
-        address: Any = storage._cdata
-        for known in (self._known, self._held):
-            found = known.get(address)
-            if found is not None:
-                if not found[0].expired():
-                    return found[1]
-                if known is self._known:  # its release has not been asked for yet
-                    self._late(address)
-                else:
-                    del known[address]
-        return None
-
-    def _late(self, address: int) -> None:
-        """The storage died and its address is used again before anybody asked: keep it until then under no address."""
-        reference, block = self._known.pop(address)
-        self._known[-block.key - (1 << 62)] = reference, block
-
-    def _block(self, storage: torch.UntypedStorage) -> _Block:
+    def _add(self, storage: torch.UntypedStorage, *, held: bool) -> _Block:
         self._num_blocks += 1
-        return _Block(key=self._num_blocks, num_bytes=storage.nbytes())
+        block = _Block(key=self._num_blocks, num_bytes=storage.nbytes(), held=held)
+        if held:
+            self.held_bytes += block.num_bytes
+        else:
+            self._allocated += block.num_bytes
+        self._know(storage, block)
+        return block
+
+    def _know(self, storage: torch.UntypedStorage, block: _Block) -> None:
+        address: Any = storage._cdata
+        block.num_storages += 1
+        self._known[address] = weakref.ref(storage, partial(self._died, address)), block
+
+    def _died(self, address: int, _: Any) -> None:
+        """A storage died: its memory is released with the last that stands for it, if the step allocated it."""
+        block = self._known.pop(address)[1]
+        block.num_storages -= 1
+        if not block.num_storages and not block.held:
+            self._released += block.num_bytes

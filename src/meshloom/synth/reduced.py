@@ -17,7 +17,7 @@ from torch import nn
 
 from meshloom.errors import PlanError
 from meshloom.parallel.flow import find_layers
-from meshloom.parallel.stages import Stages, layer_costs, stage_bounds
+from meshloom.parallel.stages import Stages, stage_bounds
 from meshloom.plan import Plan
 from meshloom.synth.parts import Group, NotAlike
 
@@ -145,11 +145,6 @@ def stages_of(stages: Stages, num_layers: Sequence[int]) -> Stages:
     for count in num_layers:
         bounds.append(bounds[-1] + count)
     return replace(stages, bounds=tuple(bounds))
-
-
-def costs_of(model: nn.Module, stages: Stages) -> list[float]:
-    """What each layer of the model costs, the last with what follows it."""
-    return layer_costs(model, stages.flow)
 
 
 def tensor_kinds(model: nn.Module, whole_shapes: Mapping[str, Sequence[int]], plan: Plan) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ there are two). Roles of the middle of a pipeline are captured once; they differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,9 +23,10 @@ import meshloom
 from meshloom.chakra.build import TraceBuilder
 from meshloom.chakra.trace import Trace
 from meshloom.chakra.wire import StoredNodes, whole_frames
-from meshloom.errors import PlanError
-from meshloom.model.build import build_model, example_batch
+from meshloom.errors import PlanError, UsageError
+from meshloom.model.build import example_batch
 from meshloom.model.config import Objective
+from meshloom.model.scale import LossScale
 from meshloom.model.step import Batch, Precision, make_optimizer, train_step
 from meshloom.parallel.apply import cut_model, find_cut
 from meshloom.parallel.data import ReducerTwin, data_parallel
@@ -34,7 +35,7 @@ from meshloom.parallel.flow import Flow, find_layers, trace_flow
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pairs import Discovery
 from meshloom.parallel.pipeline import Pipeline
-from meshloom.parallel.stages import Stages
+from meshloom.parallel.stages import Stages, layer_costs
 from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
 from meshloom.synth.folder import ROLES_FILE, RoleOfRanks, whole_folder, write_file
@@ -44,7 +45,6 @@ from meshloom.synth.parts import Captured, NotAlike, captured, enough_micro_batc
 from meshloom.synth.reduced import (
     Reduced,
     bounds_of,
-    costs_of,
     few_replicas,
     reduce_pipeline,
     same,
@@ -53,6 +53,7 @@ from meshloom.synth.reduced import (
     unlike_layers,
     with_layers,
 )
+from meshloom.synth.subject import build, without_data
 from meshloom.synth.world import fake_world
 
 _PRODUCTS = ("gemm", "attention")
@@ -71,8 +72,15 @@ class Step:
     max_grad_norm: float = 1.0
     precision: Precision = "fp32"
     fused: bool = True
+    zero: int = 0  # 1: optimizer states are shared over data parallel
     model_name: str = ""
     styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
+
+    def __post_init__(self) -> None:
+        if self.precision == "fp16" and not self.fused:
+            raise UsageError("fp16 with an optimizer of several ops: expected the fused one, which skips overflows")
+        if self.zero and self.plan.dp == 1:
+            raise PlanError(f"zero 1: expected a plan of several dp ranks, which share the states, got {self.plan}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +145,8 @@ class Roles:
         What stood at `folder` is replaced. Returns how many bytes were written; raises FolderError.
         """
         with whole_folder(folder) as part:
-            jobs = [partial(_write_role, role, part, roles_only) for role in self.roles]
+            shares = [self.roles[number::num_processes] for number in range(min(num_processes, len(self.roles)))]
+            jobs = [partial(_write_roles, share, part, roles_only) for share in shares]
             sizes = run_all(jobs, num_processes=num_processes)
             if roles_only:
                 table = [RoleOfRanks(f"rank{role.ranks[0]}.et", role.ranks[0], list(role.ranks)) for role in self.roles]
@@ -152,19 +161,20 @@ class Roles:
                 yield rank, role.trace(rank, image)
 
 
-def _write_role(role: Role, folder: Path, first_only: bool) -> bytes:
-    """Write the files of a role's ranks; how many bytes, as text."""
-    image = role.image()
+def _write_roles(roles: Sequence[Role], folder: Path, first_only: bool) -> bytes:
+    """Write the files of the roles' ranks; how many bytes, as text."""
     total = 0
-    for rank in role.ranks[:1] if first_only else role.ranks:
-        more = {"role_size": len(role.ranks)} if first_only else {}
-        total += write_file(folder, rank, {**role.attrs(rank, image), **more}, image.turn_to(rank))
+    for role in roles:
+        image = role.image()
+        for rank in role.ranks[:1] if first_only else role.ranks:
+            more = {"role_size": len(role.ranks)} if first_only else {}
+            total += write_file(folder, rank, {**role.attrs(rank, image), **more}, image.turn_to(rank))
     return str(total).encode()
 
 
 def synthesise(
     config: Any,
-    objective: Objective,
+    objective: Objective = "causal",
     *,
     plan: Plan,
     micro_batch: int,
@@ -172,11 +182,14 @@ def synthesise(
     max_grad_norm: float = 1.0,
     precision: Precision = "fp32",
     fused: bool = True,
+    zero: int = 0,
     model_name: str = "",
     styles: Mapping[str, str] | None = None,
 ) -> dict[int, Trace]:
     """The traces of a training step of `config` on every rank of `plan`, by rank; nothing is computed.
 
+    `config` may also be a model that was written by hand: an nn.Module whose forward takes `input_ids` and `labels`,
+    (B, S) int64, and returns what has a `loss`; it is left as it is. `zero` 1 shares optimizer states over dp.
     `micro_batch` sequences of `seq_length` tokens a rank and micro-batch; AdamW `fused` or not. Raises PlanError if the
     model cannot take the plan.
     """
@@ -189,6 +202,7 @@ def synthesise(
         max_grad_norm=max_grad_norm,
         precision=precision,
         fused=fused,
+        zero=zero,
         model_name=model_name,
         styles=styles or {},
     )
@@ -219,31 +233,38 @@ Cut = tuple[Discovery, Stages | None]
 def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     """What is captured in the place of the plan and the model."""
     plan = step.plan
-    small = few_replicas(plan)
+    few: Callable[[Plan], Plan] = (lambda whole: whole) if step.zero else few_replicas  # shares depend on all of them
+    small = few(plan)
     if plan.pp <= 3:
         return replace(same(plan), plan=small), step.config
     why = (
         "a plan written by hand may name one layer"
         if step.styles
-        else unlike_layers(build_model(step.config, step.objective, seed=0, device="meta"), step.config)
+        else unlike_layers(build(step.config, step.objective, device="meta"), step.config)
     )
     if why:
         notes.append(f"every stage is captured by itself: {why}")
         return replace(same(plan), plan=small), step.config
-    few = with_layers(step.config, _FEW_LAYERS)
-    model = build_model(few, step.objective, seed=0, device="meta")
+    shallow = with_layers(step.config, _FEW_LAYERS)
+    model = build(shallow, step.objective, device="meta")
     example = example_batch(step.objective, micro_batch=1, seq_length=8, device="meta")
-    probe = replace(plan, pp=3, virtual_stages=1, schedule="gpipe", num_micro_batches=1, stage_layers=())
-    _, stages = _cut_of(model, probe, example, plan, {})  # styles are not reduced
-    assert stages is not None
-    bounds = bounds_of(costs_of(model, stages), step.config.num_hidden_layers, plan)
+    flow = flow_of(model, example)
+    bounds = bounds_of(layer_costs(model, flow), step.config.num_hidden_layers, plan)
     reduced = reduce_pipeline(plan, bounds)
     if reduced.plan.pp == plan.pp:
         return replace(same(plan), plan=small), step.config
     assert reduced.num_layers is not None
     config = with_layers(step.config, sum(reduced.num_layers))
     prefix = find_layers(model)[0].removesuffix("0")
-    return replace(reduced, plan=few_replicas(reduced.plan), layers=prefix), config
+    return replace(reduced, plan=few(reduced.plan), layers=prefix), config
+
+
+def flow_of(model: nn.Module, example: Batch) -> Flow:
+    """What flows through the model, on meta if it can run there, which is faster than on fake tensors."""
+    try:
+        return trace_flow(model, example)
+    except Exception:  # whatever a forward does on meta that it does not on fake tensors
+        return trace_flow(fake_copy(model), example)
 
 
 def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan, styles: Mapping[str, str]) -> Cut:
@@ -260,7 +281,7 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], nu
     # Sequence parallel compares op by op with what fake tensors do.
     with FakeTensorMode() if plan.sequence_parallel else nullcontext():
         device = "cpu" if plan.sequence_parallel else "meta"
-        model = build_model(config, step.objective, seed=0, device=device)
+        model = build(config, step.objective, device=device)
         example = example_batch(step.objective, micro_batch=1, seq_length=8, device=device)
         probe = plan if plan.pp == 1 else replace(plan, schedule="gpipe", num_micro_batches=1)
         found, stages = _cut_of(model, probe, example, whole, step.styles)
@@ -269,7 +290,7 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], nu
     flow = None
     if stages is not None and not plan.sequence_parallel:  # what crosses borders is then the same on every rank
         batch = example_batch(step.objective, micro_batch=step.micro_batch, seq_length=step.seq_length, device=device)
-        flow = trace_flow(fake_copy(model), batch)
+        flow = flow_of(model, batch)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     given = _Given(cut=(found, stages), flow=flow, shapes=shapes)
     del model
@@ -346,6 +367,7 @@ def _facts(step: Step) -> dict[str, Any]:
         "world_size": step.plan.world_size,
         "plan": str(step.plan),
         "step": 1,
+        "num_tokens": step.micro_batch * step.seq_length * step.plan.dp * step.plan.num_micro_batches,
         **named,
         "meshloom_version": meshloom.__version__,
     }
@@ -356,15 +378,21 @@ def _one_rank(step: Step, config: Any, plan: Plan, place: int, tensor: int, give
     rank = plan.rank(pp=place, tp=tensor)
     with fake_world(rank, plan.world_size):
         mesh = make_mesh(plan, torch.device("cpu"))  # the mesh counts ranks in real tensors
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), without_data():
             example = example_batch(step.objective, micro_batch=1, seq_length=8)
-            model = build_model(config, step.objective, seed=0)
+            model = build(config, step.objective)
             model = cut_model(model, plan=plan, mesh=mesh, example=example, cut=given.cut).train()
             inner = model.model if isinstance(model, Pipeline) else model
             # The learning rate is no matter here: nothing is computed.
-            optimizer = make_optimizer(model, learning_rate=1e-4, weight_decay=0.1, fused=step.fused)
+            shared_by = mesh.groups["dp"] if step.zero else None
+            optimizer = make_optimizer(
+                model, learning_rate=1e-4, weight_decay=0.1, fused=step.fused, shared_by=shared_by
+            )
             model = data_parallel(model, mesh)
-            run = partial(train_step, mesh=mesh, max_grad_norm=step.max_grad_norm, precision=step.precision)
+            scale = LossScale(mesh.device) if step.precision == "fp16" else None
+            run = partial(
+                train_step, mesh=mesh, max_grad_norm=step.max_grad_norm, precision=step.precision, scale=scale
+            )
             # The first step makes the optimizer's states and learns the order of the gradients; all others are like
             # the second.
             if isinstance(model, ReducerTwin):

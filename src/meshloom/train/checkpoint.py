@@ -35,7 +35,9 @@ from meshloom.model.weights import inner_model
 from meshloom.parallel.mesh import Mesh
 from meshloom.parallel.placement import Placed, placed_parameters
 from meshloom.parallel.shard import shard_of
+from meshloom.parallel.zero import Zero
 from meshloom.plan import Plan
+from meshloom.train.shared_states import copied, empty_shared_states, shared_states
 from meshloom.train.storage import WEIGHT, Index, Loading, Reader, Saving, Stored, Writer, inside, read_index
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -130,6 +132,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.whole, self.mesh, self.tokenizer, self.keep = folder, whole, mesh, tokenizer, keep
         self.inner, self.optimizer = inner_model(model), optimizer
+        self.shares = optimizer if isinstance(optimizer, Zero) else None
         shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
         self.held = placed_parameters(model, mesh, shapes)
         self.names = _names(whole)
@@ -196,36 +199,43 @@ class Checkpoints:
     def _weights(self) -> dict[str, Stored]:
         places = {name: place for place, name in enumerate(self.names)}
         mine = {name: placed for name, placed in self.held.items() if self._is_mine(placed.tensor, places[name])}
-        found = {WEIGHT + name: _copy(placed) for name, placed in mine.items()}
-        return found | {WEIGHT + name: _copy(Placed.whole(buffer)) for name, buffer in self._buffers().items()}
+        found = {WEIGHT + name: copied(placed) for name, placed in mine.items()}
+        return found | {WEIGHT + name: copied(Placed.whole(buffer)) for name, buffer in self._buffers().items()}
 
     def _optimizer_state(self) -> dict[str, Stored]:
         states = {} if self.optimizer is None else self.optimizer.state
         found = {}
         for place, name in enumerate(self.names):
             placed = self.held.get(name)
-            if placed is None or not self._is_mine(placed.tensor, place):
+            if placed is None or not self._is_mine(placed.tensor, place, shared=self.shares is not None):
+                continue
+            if self.shares is not None:
+                found |= shared_states(name, placed, self.shares)
                 continue
             for key, value in states.get(placed.tensor, {}).items():
                 tensor = value if isinstance(value, Tensor) else torch.tensor(value)
                 alike = tensor.shape == placed.tensor.shape and tensor.dim()
-                found[f"optimizer.{name}.{key}"] = _copy(placed.like(tensor) if alike else Placed.whole(tensor))
+                found[f"optimizer.{name}.{key}"] = copied(placed.like(tensor) if alike else Placed.whole(tensor))
         return found
 
     def _random_state(self) -> dict[str, Stored]:
         states = {"cpu": torch.get_rng_state()}
         if self.mesh.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state()
-        return {f"random.{self.mesh.rank}.{kind}": _copy(Placed.whole(state)) for kind, state in states.items()}
+        return {f"random.{self.mesh.rank}.{kind}": copied(Placed.whole(state)) for kind, state in states.items()}
 
-    def _is_mine(self, parameter: Tensor, place: int) -> bool:
-        """Whether this rank saves the parameter: one of those that hold the same part, in turn."""
+    def _is_mine(self, parameter: Tensor, place: int, *, shared: bool = False) -> bool:
+        """Whether this rank saves the parameter: one of those that hold the same part, in turn.
+
+        What is `shared` over data parallel is another part on each of its ranks.
+        """
         if getattr(parameter, "counted_elsewhere", False):
             return False
-        shard, dp, tp = shard_of(parameter), self.mesh.degree("dp"), self.mesh.degree("tp")
+        dp, mine = (1, 0) if shared else (self.mesh.degree("dp"), self.mesh.index("dp"))
+        shard, tp = shard_of(parameter), self.mesh.degree("tp")
         if shard is None:
-            return place % (dp * tp) == self.mesh.index("dp") * tp + self.mesh.index("tp")
-        return self.mesh.index("tp") % shard.num_copies == 0 and place % dp == self.mesh.index("dp")
+            return place % (dp * tp) == mine * tp + self.mesh.index("tp")
+        return self.mesh.index("tp") % shard.num_copies == 0 and place % dp == mine
 
     def _buffers(self) -> dict[str, Tensor]:
         """The persistent buffers that this rank's layers use."""
@@ -295,6 +305,8 @@ class Checkpoints:
             if fqn.startswith("optimizer."):
                 name, _, key = fqn.removeprefix("optimizer.").rpartition(".")
                 keys.setdefault(name, []).append(key)
+        if self.shares is not None:
+            return empty_shared_states(self.held, self.shares, index, keys)
         found = {}
         for name, placed in self.held.items():
             group = groups.get(id(placed.tensor), {})
@@ -337,11 +349,6 @@ def _persistent_buffers(model: nn.Module) -> list[str]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     ]
-
-
-def _copy(placed: Placed) -> Stored:
-    """The tensor as it is now, in memory of its own on the host."""
-    return Stored(placed.like(placed.tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)))
 
 
 def _cause(error: CheckpointException, what: str) -> MeshloomError:

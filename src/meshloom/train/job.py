@@ -54,11 +54,13 @@ class Job:
     warmup_steps: int = 0
     log_steps: int | None = None  # None: 1, or 10 in a long run
     precision: Precision = "fp32"
+    zero: int = 0  # 1: optimizer states are shared over data parallel
     compiled: bool = False
     styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
     wandb: str | None = None  # the project there
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
+    timeout_s: float = 1800.0  # how long a rank waits for others in a collective
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
@@ -105,8 +107,11 @@ class Job:
 def check_job(job: Job, available_bytes: int | None) -> int:
     """How many parameters the model has; raises if the plan, the length or the memory cannot be, before any process.
 
-    Memory counts weights, gradients and two states of Adam in float32: 16 bytes a parameter on each rank.
+    Memory counts weights, gradients and two states of Adam in float32: 16 bytes a parameter on each rank; under ZeRO-1
+    8 on each, and 16 once for the shares of weights, gradients and states.
     """
+    if job.zero and job.plan.dp == 1:
+        raise PlanError(f"--zero 1: expected a plan of several dp ranks, which share the states, got {job.plan}")
     limit = getattr(job.config, "max_position_embeddings", None)
     if limit is not None and job.seq_length > limit:
         raise PlanError(f"--seq-length {job.seq_length}: expected at most {limit}, the positions that the model has")
@@ -117,7 +122,7 @@ def check_job(job: Job, available_bytes: int | None) -> int:
         check_architecture(Path(job.resume), model)
     elif job.weights is not None:
         check_weights(Path(job.weights), model)
-    needed = 16 * num_parameters(model) * job.plan.dp
+    needed = num_parameters(model) * (8 * job.plan.dp + 16 if job.zero else 16 * job.plan.dp)
     if available_bytes is not None and needed > available_bytes:
         raise PlanError(
             f"plan {job.plan}: {job.plan.world_size} ranks need about {needed / 1e9:.1f} GB for weights, "

@@ -28,6 +28,7 @@ from meshloom.parallel.launch import rank_context
 from meshloom.parallel.mesh import Mesh, make_mesh
 from meshloom.parallel.pipeline import Pipeline
 from meshloom.parallel.placement import Placed
+from meshloom.parallel.waiting import limit_waits
 from meshloom.train.checkpoint import Checkpoints, TrainingState
 from meshloom.train.data import batches
 from meshloom.train.evaluate import Evaluator
@@ -47,6 +48,7 @@ def train_rank(job: Job, folder: str, device: str, around_step: AroundStep | Non
         _check_device(job, chosen)
         mesh = make_mesh(job.plan, chosen)
         training = Training(job, Path(folder), mesh)
+        limit_waits(job.timeout_s)
         inner = training.inner
         around = (
             around_step(mesh, inner.model if isinstance(inner, Pipeline) else inner)
@@ -84,7 +86,10 @@ class Training:
         self.job, self.folder, self.mesh = job, folder, mesh
         self.log = RankLog(folder, mesh.rank)
         self.inner = _build(job, mesh)
-        self.optimizer = make_optimizer(self.inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay)
+        self.optimizer = make_optimizer(
+            self.inner, learning_rate=job.learning_rate, weight_decay=job.weight_decay,
+            shared_by=mesh.groups.get("dp") if job.zero else None,
+        )  # fmt: skip
         self.saves = _checkpoints(job, folder / "checkpoints", self.inner, self.optimizer, mesh)
         self.begun = self.saves.load(Path(job.resume)) if job.resume else TrainingState(step=0, plan=job.plan)
         if job.save_steps and job.save_initial and not self.begun.step:

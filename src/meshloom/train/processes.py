@@ -17,9 +17,12 @@ _CLOCK_S = 1.0  # how far two readings of one process's start may be apart
 
 
 def describe_process(pid: int | None = None) -> dict[str, Any]:
-    """What a process is known by, of the calling one by default: pid, created (seconds since 1970), command."""
+    """What a process is known by, of the calling one by default: pid, created (seconds since 1970), command, and on
+    Linux `since_boot`, the boot and the clock ticks after it, which no change of the clock moves."""
     process = psutil.Process(pid)
-    return {"pid": process.pid, "created": process.create_time(), "command": process.cmdline()}
+    told = {"pid": process.pid, "created": process.create_time(), "command": process.cmdline()}
+    since_boot = _since_boot(process.pid)
+    return told if since_boot is None else {**told, "since_boot": since_boot}
 
 
 def find_process(described: Mapping[str, Any] | None) -> psutil.Process | None:
@@ -28,13 +31,26 @@ def find_process(described: Mapping[str, Any] | None) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(int(described["pid"]))
-        if abs(process.create_time() - float(described["created"])) > _CLOCK_S:
+        since_boot = _since_boot(process.pid) if "since_boot" in described else None
+        if since_boot is not None and since_boot != described["since_boot"]:
+            return None
+        if since_boot is None and abs(process.create_time() - float(described["created"])) > _CLOCK_S:
             return None
         if process.status() == psutil.STATUS_ZOMBIE or process.cmdline() != list(described["command"]):
             return None
     except (psutil.Error, KeyError, TypeError, ValueError):
         return None
     return process
+
+
+def _since_boot(pid: int) -> str | None:
+    """Which boot of this machine, and how many ticks after it the process began; None where /proc does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return f"{boot} {int(fields[19])}"
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def detach(command: Sequence[str], log: Path) -> int:

@@ -39,7 +39,7 @@ from torch.futures import Future
 
 from meshloom.errors import FolderError
 from meshloom.model.tensorfile import TYPE_NAMES, Entry, write_tensors
-from meshloom.parallel.placement import Placed
+from meshloom.parallel.placement import Placed, Run
 
 WEIGHTS = "model.safetensors"
 WEIGHT = "model."  # the prefix of the weights among the names of all tensors
@@ -53,7 +53,7 @@ _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 class Stored:
     """A tensor of this rank as DCP sees it: the boxes of the whole that it fills."""
 
-    def __init__(self, placed: Placed) -> None:
+    def __init__(self, placed: Placed | Run) -> None:
         self.placed = placed
 
     def __create_write_items__(self, fqn: str, obj: object) -> list[WriteItem]:

@@ -17,7 +17,8 @@ from meshloom.view.place import COLOURS, HEIGHT, WIDTH, Placed, Point, place
 
 _FAULT = "#ef6c00"
 _LEGEND = {"op": "ops", "tensor": "tensors", "communication": "communication"}
-_MARGIN, _HEAD = 24.0, 84.0
+_MARGIN, _HEAD, _LINE = 24.0, 84.0, 16.0
+_NARROW, _BROAD = frozenset("iljtfrI.,:;'|()[] ·…/"), frozenset("mwMWABCDGHKNOQRUVX@%&×")
 _MAX_PIXELS = 48_000_000  # of a PNG: what is larger is drawn smaller
 _FONTS = ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "AppleSDGothicNeo.ttc", "malgun.ttf", "DejaVuSans.ttf")
 
@@ -25,31 +26,63 @@ _FONTS = ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "AppleSDGothicNeo.ttc", 
 def svg(graph: nx.DiGraph, *, graphviz: bool | None = None) -> str:
     """The graph as an SVG document."""
     placed = place(graph, graphviz=graphviz)
-    width, height = _size(placed)
+    width, height = _size(placed, graph)
+    title, notes, head = graph.graph.get("title", ""), *_notes(graph, width)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" font-family="system-ui, sans-serif" font-size="12" role="img">',
-        f"<title>{escape(graph.graph.get('title', ''))}</title><defs>{_arrow('end', '#222')}{_arrow('red', '#c62828')}"
+        f"<title>{escape(title)}</title><defs>{_arrow('end', '#222')}{_arrow('red', '#c62828')}"
         f'</defs><rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="{_MARGIN}" y="32" font-size="15" font-weight="600">{escape(graph.graph.get("title", ""))}</text>',
-        f'<text x="{_MARGIN}" y="50" fill="#555">{escape(graph.graph.get("notes", ""))}</text>',
+        f'<text x="{_MARGIN}" y="32" font-size="15" font-weight="600">{escape(title)}</text>',
+        *(
+            f'<text x="{_MARGIN}" y="{50 + _LINE * at}" fill="#555">{escape(line)}</text>'
+            for at, line in enumerate(notes)
+        ),
     ]
     for index, (kind, text) in enumerate(_legend(graph)):
         fill, line = COLOURS.get(kind, ("#fff", _FAULT))
         x = _MARGIN + 130 * index
         parts.append(
-            f'<rect x="{x}" y="60" width="14" height="12" rx="3" fill="{fill}" stroke="{line}"/>'
-            f'<text x="{x + 20}" y="70">{text}</text>'
+            f'<rect x="{x}" y="{head - 24}" width="14" height="12" rx="3" fill="{fill}" stroke="{line}"/>'
+            f'<text x="{x + 20}" y="{head - 14}">{text}</text>'
         )
-    parts.append(f'<g transform="translate({_MARGIN} {_HEAD})">')
+    parts.append(f'<g transform="translate({_MARGIN} {head})">')
     parts += [f'<text x="{x}" y="14" fill="#555">{escape(text)}</text>' for x, text in placed.headings]
     parts += [_svg_edge(way, graph.edges[edge].get("kind", "data")) for edge, way in placed.ways.items()]
     parts += [_svg_box(corner, graph.nodes[key]) for key, corner in placed.corners.items()]
     return "\n".join([*parts, "</g></svg>", ""])
 
 
-def _size(placed: Placed) -> tuple[float, float]:
-    return max(placed.width + 2 * _MARGIN, 600), placed.height + _HEAD + _MARGIN
+def _size(placed: Placed, graph: nx.DiGraph) -> tuple[float, float]:
+    width = max(placed.width + 2 * _MARGIN, 600)
+    return width, placed.height + _notes(graph, width)[1] + _MARGIN
+
+
+def _notes(graph: nx.DiGraph, width: float) -> tuple[list[str], float]:
+    """The notes in lines that fit, and where the picture below them begins."""
+    lines = [""]
+    for word in str(graph.graph.get("notes", "")).split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _length(longer, 12) > width - 2 * _MARGIN:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines, _HEAD + _LINE * (len(lines) - 1)
+
+
+def _length(text: str, size: float) -> float:
+    """How long the text is about, in points: pictures are drawn with whatever font is there."""
+    return size * sum(1.0 if ord(sign) > 0x2E7F else 0.34 if sign in _NARROW else 0.76 if sign in _BROAD else 0.59
+                      for sign in text)  # fmt: skip
+
+
+def _end_of(text: str, size: float, room: float) -> str:
+    """The text, or its end after an ellipsis, as far as it fits."""
+    if _length(text, size) <= room:
+        return text
+    while text and _length(text, size) > room - size:
+        text = text[1:]
+    return "…" + text
 
 
 def _legend(graph: nx.DiGraph) -> list[tuple[str, str]]:
@@ -79,13 +112,16 @@ def _svg_edge(way: list[Point], kind: str) -> str:
 
 
 def _texts(facts: dict[str, Any]) -> tuple[str, str]:
-    label = facts["label"] if len(facts["label"]) <= 27 else "…" + facts["label"][-26:]
+    label = _end_of(facts["label"], 12, WIDTH - 16)
     if facts["kind"] == "tensor":
         return label, si(facts["bytes"], "B") if facts["bytes"] else ""
-    amount = si(facts["bytes"], "B") if facts["kind"] == "communication" else si(facts["flops"], "FLOP")
-    below = f"{facts['num_ops']} × · {amount}" if facts["num_ops"] > 1 or not facts["name"] else amount
-    module = facts["module"] if facts["label"] != facts["module"] else ""
-    return label, f"{below} · {'…' + module[-13:] if len(module) > 14 else module}" if module else below
+    amount, unit = (facts["bytes"], "B") if facts["kind"] == "communication" else (facts["flops"], "FLOP")
+    told = [f"{facts['num_ops']} ×"] if facts["num_ops"] > 1 else []
+    told += [si(amount, unit)] if amount else []
+    if facts["module"] and facts["module"] != facts["label"]:
+        room = WIDTH - 16 - _length(" · ".join([*told, ""]), 10)
+        told.append(_end_of(facts["module"], 10, room))
+    return label, " · ".join(told)
 
 
 def _tooltip(facts: dict[str, Any]) -> str:
@@ -115,17 +151,19 @@ def png(graph: nx.DiGraph, *, graphviz: bool | None = None) -> bytes:
     from PIL import Image, ImageDraw
 
     placed = place(graph, graphviz=graphviz)
-    width, height = _size(placed)
+    width, height = _size(placed, graph)
+    notes, head = _notes(graph, width)
     scale = min(2.0, (_MAX_PIXELS / (width * height)) ** 0.5)
     image = Image.new("RGB", (round(width * scale), round(height * scale)), "#ffffff")
     pen = _Pen(ImageDraw.Draw(image), scale)
     pen.text((_MARGIN, 18), graph.graph.get("title", ""), 15, "#111111")
-    pen.text((_MARGIN, 40), graph.graph.get("notes", ""), 12, "#555555")
+    for at, text in enumerate(notes):
+        pen.text((_MARGIN, 40 + _LINE * at), text, 12, "#555555")
     for index, (kind, text) in enumerate(_legend(graph)):
         fill, line = COLOURS.get(kind, ("#ffffff", _FAULT))
-        pen.box((_MARGIN + 130 * index, 60), (14, 12), 3, fill, line, 1)
-        pen.text((_MARGIN + 130 * index + 20, 59), text, 12, "#111111")
-    pen.shift = (_MARGIN, _HEAD)
+        pen.box((_MARGIN + 130 * index, head - 24), (14, 12), 3, fill, line, 1)
+        pen.text((_MARGIN + 130 * index + 20, head - 25), text, 12, "#111111")
+    pen.shift = (_MARGIN, head)
     for x, text in placed.headings:
         pen.text((x, 3), text, 12, "#555555")
     for edge, way in placed.ways.items():

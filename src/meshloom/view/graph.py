@@ -68,16 +68,17 @@ def step_graph(
     level = "op" if collapse == "op" or (collapse == "auto" and len(kept) <= READABLE_OPS) else "module"
     if level == "op" and len(kept) > MAX_OPS:
         level = "module"
-    if level == "module" and collapse != "module":
-        notes.append(f"{len(kept):,} ops are too many to read: gathered by module, with counts")
-    faults = _faults(findings, notes, work)
     chosen = [work[number] for number in kept]
+    named = any(node.get("module") for node in chosen)
+    if level == "module" and collapse != "module":
+        by = "by module" if named else "by name"
+        notes.append(f"{len(kept):,} ops are too many to read: gathered {by}, with counts")
+    if level == "module" and chosen and not named:
+        notes.append("the trace names no modules")
+    faults = _faults(findings, notes, work)
     if level == "op":
         graph = _op_graph(chosen, needs, faults, "order" if ordered else "data")
     else:
-        named = any(node.get("module") for node in chosen)
-        if chosen and not named:
-            notes.append("the trace names no modules: gathered by op")
         graph = _module_graph(chosen, needs, faults, depth, named)
     if not work:
         notes.append("this trace holds no work")
@@ -86,8 +87,9 @@ def step_graph(
 
 
 def title(trace: Trace) -> str:
-    """The trace in words: model, plan, rank."""
-    return f"{trace.get('model', 'one step')}, plan {trace.get('plan', 'unknown')}, rank {trace.rank}"
+    """The trace in words: model and plan where it tells them, rank."""
+    plan = trace.get("plan")
+    return f"{trace.get('model') or 'one step'}, {f'plan {plan}, ' if plan else ''}rank {trace.rank}"
 
 
 def clean(text: str) -> str:
@@ -100,6 +102,12 @@ def is_work(node: Node) -> bool:
     return node.is_comm or (
         node.type in (NodeType.COMP, NodeType.MEM_LOAD, NodeType.MEM_STORE) and node.get("op_class") != "host"
     )
+
+
+def known_cost(node: Node, name: str) -> int:
+    """A node's FLOPs or bytes; 0 for 1, which traces hold where nobody knows it, because simulators divide by it."""
+    value = int(node.get(name, 0))
+    return value if value > 1 else 0
 
 
 def layer_of(module: str) -> int | None:
@@ -218,8 +226,8 @@ def _op_graph(nodes: list[Node], needs: Mapping[int, list[int]], faults: Mapping
             module=clean(module),
             phase=clean(str(node.get("phase") or "other")),
             num_ops=1,
-            flops=0 if node.is_comm else int(node.get("num_ops", 0)),
-            bytes=int(node.get("comm_size", 0) if node.is_comm else node.get("tensor_size", 0)),
+            flops=0 if node.is_comm else known_cost(node, "num_ops"),
+            bytes=int(node.get("comm_size", 0)) if node.is_comm else known_cost(node, "tensor_size"),
             fault=clean(faults.get(node.id, "")),
         )
         shapes = _shapes(node)
@@ -294,8 +302,8 @@ def _module_graph(
                            flops=0, bytes=0, fault="")  # fmt: skip
         facts = graph.nodes[key]
         facts["num_ops"] += 1
-        facts["flops"] += 0 if node.is_comm else int(node.get("num_ops", 0))
-        facts["bytes"] += int(node.get("comm_size", 0) if node.is_comm else node.get("tensor_size", 0))
+        facts["flops"] += 0 if node.is_comm else known_cost(node, "num_ops")
+        facts["bytes"] += int(node.get("comm_size", 0)) if node.is_comm else known_cost(node, "tensor_size")
         if node.id in faults and not facts["fault"]:
             facts["fault"] = clean(faults[node.id])
     for number, needed in needs.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -79,11 +78,3 @@ def _unit(columns: list[list[NDArray[np.int64]]]) -> int:
 def _whole(parts: list[NDArray[np.int64]], unit: int) -> NDArray[np.uint32]:
     whole = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
     return (np.maximum(whole, 0) // unit).astype("<u4")
-
-
-def by_name(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Slices by kind of row, for those who count."""
-    found: dict[str, int] = defaultdict(int)
-    for row in rows:
-        found[row["kind"]] += row["count"]
-    return dict(found)

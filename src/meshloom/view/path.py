@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from meshloom.chakra.path import critical_path as chain
 from meshloom.chakra.trace import Node
 from meshloom.hardware.device import Device
 from meshloom.view.graph import result_bytes, short_name
@@ -42,52 +43,42 @@ def critical_path(scene: Scene, events: Sequence[Event]) -> list[Link]:
     timed = [event for event in events if event.duration_ns]
     if not timed:
         return []
-    at = {(event.rank, event.node.id): event for event in timed}
+    at = {(event.rank, event.node.id): number for number, event in enumerate(timed)}
     before = _before(timed)
-    met: dict[Meeting, list[Event]] = defaultdict(list)
-    of_node: dict[tuple[int, int], Meeting] = {}
+    met: dict[Meeting, list[int]] = defaultdict(list)
+    of_event: dict[int, Meeting] = {}
     for rank, nodes in scene.nodes.items():
-        for number, key in meetings_of(rank, nodes).items():
-            if (rank, number) in at:
-                met[key].append(at[rank, number])
-                of_node[rank, number] = key
-    event: Event | None = max(timed, key=lambda event: (event.end_ns, event.rank))
-    path: list[Link] = []
-    seen: set[tuple[int, int]] = set()
-    while event is not None and (event.rank, event.node.id) not in seen:
-        members = met[of_node[event.rank, event.node.id]] if (event.rank, event.node.id) in of_node else [event]
-        latest = max(member.start_ns for member in members)
-        choices = [  # who came last at a meeting, and of those what they waited for
-            (needed, member)
-            for member in members
-            if member.start_ns >= latest - _CLOCK_NS
-            for needed in _needed(member, at, before)
-            if (needed.rank, needed.node.id) not in seen
-        ]
-        previous, here = max(choices, key=lambda choice: choice[0].end_ns, default=(None, event))
-        seen.update((member.rank, member.node.id) for member in (event, here))
-        path.append(Link(here, max(0, here.start_ns - previous.end_ns) if previous else here.start_ns))
-        event = previous
-    return path[::-1]
+        for node, key in meetings_of(rank, nodes).items():
+            if (rank, node) in at:
+                met[key].append(at[rank, node])
+                of_event[at[rank, node]] = key
+
+    def needs(number: int) -> list[int]:
+        event = timed[number]
+        found = [at.get((event.rank, need)) for need in (*event.node.data_deps, *event.node.ctrl_deps)]
+        return [each for each in (*found, before.get(number)) if each is not None]
+
+    path = chain(
+        [event.start_ns for event in timed],
+        [event.end_ns for event in timed],
+        max(range(len(timed)), key=lambda number: (timed[number].end_ns, timed[number].rank)),
+        needs=needs,
+        meets=lambda number: met[of_event[number]] if number in of_event else (number,),
+        clock_ns=_CLOCK_NS,
+    )
+    return [Link(timed[link.number], link.waited_ns) for link in path]
 
 
-def _needed(event: Event, at: Mapping[tuple[int, int], Event], before: Mapping[tuple[int, int], Event]) -> list[Event]:
-    """What an event needed on its rank, and what ran before it in its lane."""
-    needed = [at.get((event.rank, need)) for need in (*event.node.data_deps, *event.node.ctrl_deps)]
-    needed.append(before.get((event.rank, event.node.id)))
-    return [each for each in needed if each and each.start_ns <= event.start_ns and each.end_ns <= event.end_ns]
-
-
-def _before(events: Iterable[Event]) -> dict[tuple[int, int], Event]:
-    """What ran before each event in its lane: its stream, its thread, its rank's communication."""
-    last: dict[tuple[object, ...], Event] = {}
+def _before(events: Iterable[Event]) -> dict[int, int]:
+    """What ran before each event in its lane, by place: its stream, its thread, its rank's communication."""
+    last: dict[tuple[object, ...], int] = {}
     found = {}
-    for event in events:  # by start
+    for number, event in enumerate(events):  # by start
         node = event.node
         lane = event.rank, node.is_comm, node.get("stream"), node.get("thread")
         if lane in last:
-            found[event.rank, node.id] = last[lane]
-        last[lane] = event
+            found[number] = last[lane]
+        last[lane] = number
     return found
 
 

@@ -150,7 +150,13 @@ def scene_data(scene: Scene) -> dict[str, Any]:
 
 
 def _table(heads: Sequence[tuple[str, str]], rows: list[list[Any]], sort: int = -1) -> Table:
-    return {"columns": [{"title": title, "type": kind} for title, kind in heads], "rows": rows, "sort": sort}
+    """Columns and rows, sorted by column `sort`, without the columns in which no row tells anything."""
+    shown = [
+        place for place in range(len(heads)) if place == sort or any(row[place] or row[place] == 0 for row in rows)
+    ]
+    return {"columns": [{"title": heads[place][0], "type": heads[place][1]} for place in shown],
+            "rows": [[row[place] for place in shown] for row in rows],
+            "sort": shown.index(sort) if sort in shown else -1}  # fmt: skip
 
 
 def _op_table(rows: list[OpRow], *, kinds: bool = False) -> Table:
@@ -165,8 +171,8 @@ def _op_table(rows: list[OpRow], *, kinds: bool = False) -> Table:
             row.num_events,
             row.time_ns,
             row.time_ns / whole,
-            row.flops,
-            row.num_bytes,
+            row.flops or None,
+            row.num_bytes or None,
         ]
         for row in rows
     ]

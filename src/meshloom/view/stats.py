@@ -14,13 +14,16 @@ import numpy as np
 
 from meshloom.chakra.summary import comm_kind
 from meshloom.chakra.trace import CommType, Node, NodeType
-from meshloom.view.graph import layer_of, short_name
+from meshloom.view.graph import known_cost, layer_of, short_name
 from meshloom.view.scene import Event, Scene
 from meshloom.view.tracks import Source
 
 
 class OpRow(NamedTuple):
-    """Events that share a name (or a module) and a phase, over all ranks."""
+    """Events that share a name (or a module) and a phase, over all ranks.
+
+    `flops` and `num_bytes` are sums of what is known: a cost of 1 stands for one that nobody knows.
+    """
 
     name: str
     kind: str
@@ -79,8 +82,8 @@ def ops(events: Iterable[Event], *, by: Callable[[Node], str] | None = None) -> 
         row[0] += 1
         row[1] += event.duration_ns
         if not node.is_comm:
-            row[2] += int(node.get("num_ops", 0))
-        row[3] += int(node.get("comm_size" if node.is_comm else "tensor_size", 0))
+            row[2] += known_cost(node, "num_ops")
+        row[3] += int(node.get("comm_size", 0)) if node.is_comm else known_cost(node, "tensor_size")
     return sorted(
         (OpRow(*key, *row) for key, row in table.items()), key=lambda row: (-row.time_ns, -row.flops, row.name)
     )
@@ -184,7 +187,7 @@ def shares(events: Iterable[Event]) -> tuple[int, list[ShareRow], list[Gap]]:
         reached = 0
         for event in sorted(each, key=lambda event: event.start_ns):
             if event.start_ns > reached:
-                holes.append(Gap(rank, reached, event.start_ns - reached, event.node.name))
+                holes.append(Gap(rank, reached, event.start_ns - reached, short_name(event.node.name)))
             busy += max(0, event.end_ns - max(reached, event.start_ns))
             reached = max(reached, event.end_ns)
         if whole > reached:

@@ -20,17 +20,17 @@ function curve(title, times, series, format, marks) {
   return box;
 }
 function rooflinePlot(roofline) {
-  const points = roofline.points, roofs = roofline.roofs, W = 900, H = 380, L = 78, B = 44;
+  const points = roofline.points, roofs = roofline.roofs, W = 900, H = 380, L = 78, B = 44, R = roofs ? 190 : 20; // the names of the roofs stand right of them
   const peaks = roofs ? Object.entries(roofs.flops_per_second) : [];
   const xs = points.map((p) => p.intensity).concat(roofs ? peaks.map(([, peak]) => peak / roofs.memory_bytes_per_second) : []);
   const ys = points.map((p) => p.flops_per_second).concat(peaks.map(([, peak]) => peak));
   const log = Math.log10, [x0, x1] = [Math.floor(log(Math.min(...xs))), Math.ceil(log(Math.max(...xs)) + 0.01)];
   const [y0, y1] = [Math.floor(log(Math.min(...ys))), Math.ceil(log(Math.max(...ys)) + 0.01)];
-  const X = (v) => L + (log(v) - x0) / (x1 - x0) * (W - L - 20), Y = (v) => H - B - (log(v) - y0) / (y1 - y0) * (H - B - 16);
+  const X = (v) => L + (log(v) - x0) / (x1 - x0) * (W - L - R), Y = (v) => H - B - (log(v) - y0) / (y1 - y0) * (H - B - 16);
   const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": t("Roofline") });
   for (let e = x0; e <= x1; e++) svg.append(draw("line", { x1: X(10 ** e), x2: X(10 ** e), y1: 16, y2: H - B, stroke: "var(--line)" }), draw("text", { x: X(10 ** e), y: H - B + 18, "text-anchor": "middle" }, String(10 ** e)));
-  for (let e = y0; e <= y1; e++) svg.append(draw("line", { x1: L, x2: W - 20, y1: Y(10 ** e), y2: Y(10 ** e), stroke: "var(--line)" }), draw("text", { x: L - 8, y: Y(10 ** e) + 4, "text-anchor": "end" }, si(10 ** e, "").replace(".00", "")));
-  svg.append(draw("text", { x: (L + W) / 2, y: H - 6, "text-anchor": "middle" }, t("FLOP a byte")), draw("text", { x: L + 6, y: 12 }, "FLOP/s"));
+  for (let e = y0; e <= y1; e++) svg.append(draw("line", { x1: L, x2: W - R, y1: Y(10 ** e), y2: Y(10 ** e), stroke: "var(--line)" }), draw("text", { x: L - 8, y: Y(10 ** e) + 4, "text-anchor": "end" }, si(10 ** e, "").replace(".00", "")));
+  svg.append(draw("text", { x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle" }, t("FLOP a byte")), draw("text", { x: L + 6, y: 12 }, "FLOP/s"));
   if (roofs) {
     const top = Math.max(...peaks.map(([, peak]) => peak)), knee = top / roofs.memory_bytes_per_second;
     const from = 10 ** x0, low = Math.max(from * roofs.memory_bytes_per_second, 10 ** y0);
@@ -39,9 +39,9 @@ function rooflinePlot(roofline) {
     for (const [name, peak] of peaks) alike.set(peak, [...(alike.get(peak) || []), name]);
     let below = H;
     for (const [peak, names] of [...alike].sort((a, b) => a[0] - b[0])) {
-      below = Math.min(below - 14, Y(peak) - 4);
-      svg.append(draw("line", { x1: X(peak / roofs.memory_bytes_per_second), x2: W - 20, y1: Y(peak), y2: Y(peak), stroke: "var(--fault)", "stroke-width": 1.5 }),
-        draw("text", { x: X(knee) - 40, y: below, "text-anchor": "end" }, `${names.join(", ")} ${brief(si(peak, "FLOP/s"))}`));
+      below = Math.min(below - 14, Y(peak) + 4);
+      svg.append(draw("line", { x1: X(peak / roofs.memory_bytes_per_second), x2: W - R, y1: Y(peak), y2: Y(peak), stroke: "var(--fault)", "stroke-width": 1.5 }),
+        draw("text", { x: W - R + 6, y: below }, `${names.join(", ")} ${brief(si(peak, "FLOP/s"))}`));
     }
   }
   const most = Math.max(1, ...points.map((p) => p.time_ns));
@@ -65,7 +65,9 @@ function matrixPlot(ranks, table) {
       if (value) { pen.globalAlpha = 0.15 + 0.85 * value / most; pen.fillStyle = colour("communication"); pen.fillRect(44 + j * side, 24 + i * side, side - 1, side - 1); pen.globalAlpha = 1; }
     });
   });
-  return make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": t("Communication") }, canvas);
+  return make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": t("Communication") }, canvas,
+    make("div", { class: "legend", style: "padding:.2rem .6rem" }, make("span", { class: "soft" }, `${t("from")} ↓ · ${t("to")} →`),
+      make("span", {}, make("i", { style: "background:var(--communication)" }), si(most, "B"))));
 }
 function deviceGrid(grid) {
   return make("div", { class: "stages", tabindex: "0", role: "region", "aria-label": t("Devices") }, grid.stages.map((stage, pp) =>

@@ -47,7 +47,7 @@ function chapter(scene, place) {
       .catch((error) => { hole.replaceChildren(make("p", { class: "bad" }, String(error))); });
   } else parts.push(make("p", { class: "soft" }, t("Nothing was timed: run `meshloom simulate` or record a step.")));
   for (const [source, rows] of Object.entries(scene.shares)) parts.push(section("Where the time went", make("p", { class: "soft" }, t(source)), sharesBars(rows)));
-  parts.push(section("longest gaps", table(scene.gaps, "longest gaps")));
+  parts.push(section("Longest gaps", table(scene.gaps, "Longest gaps")));
   parts.push(section("Measured and predicted", table(scene.compare, "Measured and predicted")));
   parts.push(section("Ops", table(scene.ops, "Ops")), section("Modules", table(scene.modules, "Modules")), section("Layers", table(scene.layers, "Layers")));
   if (scene.matrix) parts.push(section("Communication", make("p", { class: "soft" }, t("Bytes each rank sends to each other, collectives as a ring moves them")), matrixPlot(scene.matrix.ranks, scene.matrix.table), table(scene.matrix.pairs, "Communication")));

@@ -59,9 +59,12 @@ class Timeline {
     const find = make("input", { type: "search", placeholder: t("Find"), "aria-label": t("Find"),
       oninput: (event) => { this.find = event.target.value.trim().toLowerCase(); this.draw(); } });
     const key = (name, text) => make("span", {}, make("i", { style: `background:var(--${name})` }), t(text));
+    const scroll = (sign, text, by) => make("button", { type: "button", hidden: true, "aria-label": t(text), title: t(text),
+      onclick: () => { this.top += by * this.canvas.clientHeight; this.ask(); } }, sign);
+    this.scrolls = [scroll("▲", "Rows above", -0.7), scroll("▼", "Rows below", 0.7)]; // a finger moves the page, not the rows
     this.element = make("div", { class: "sheet" },
       make("div", { class: "bar" }, button("Zoom in", () => this.zoom(0.5)), button("Zoom out", () => this.zoom(2)),
-        button("Whole", () => this.look(0, this.length)), pick, host, find),
+        button("Whole", () => this.look(0, this.length)), this.scrolls, pick, host, find),
       make("div", { class: "legend" }, key("compute", "compute"), key("communication", "communication"), key("host", "host"),
         key("chosen", "on critical path"), this.faults.size ? key("fault", "Faults") : null),
       make("div", { class: "timeline" }, this.canvas, this.told));
@@ -158,8 +161,13 @@ class Timeline {
   }
   draw() {
     const canvas = this.canvas, ratio = window.devicePixelRatio || 1;
+    if (!canvas.clientWidth) return;
+    const all = this.shown(), high = (row) => row.kind === "host" ? 11 : 18;
+    const ranks = new Set(all.map(({ row }) => row.rank + row.source)).size;
+    const whole = all.reduce((sum, { row }) => sum + high(row) + 2, 18 * ranks + 34);
+    const wanted = Math.round(Math.min(Math.max(160, whole), Math.max(440, 0.7 * window.innerHeight))) + "px";
+    if (canvas.style.height !== wanted) canvas.style.height = wanted;
     const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-    if (!width || !height) return;
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
       canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
     }
@@ -169,10 +177,8 @@ class Timeline {
     pen.fillStyle = paint.ground; pen.fillRect(0, 0, width, height);
     this.axis(pen, width, height, paint);
     let y = 24, label = "";
-    const all = this.shown();
-    const high = (row) => row.kind === "host" ? 11 : 18;
-    const whole = all.reduce((sum, { row }) => sum + high(row) + (row.first ? 20 : 2), 0);
-    this.most = Math.max(0, whole + 34 - height);
+    this.most = Math.max(0, whole - height);
+    this.scrolls.forEach((each) => { each.hidden = !this.most; });
     this.top = Math.max(0, Math.min(this.top, this.most));
     y -= this.top; this.lines = [];
     pen.save(); pen.beginPath(); pen.rect(0, 22, width, height - 22); pen.clip();
@@ -192,6 +198,10 @@ class Timeline {
       this.slices(pen, line, width, paint);
     }
     this.links(pen);
+    if (this.most) { // what part of the rows is seen
+      pen.fillStyle = paint.soft; pen.globalAlpha = 0.6;
+      pen.fillRect(width - 5, 22 + (height - 22) * this.top / whole, 4, (height - 22) * height / whole); pen.globalAlpha = 1;
+    }
     pen.restore();
     this.frames++;
   }
@@ -210,7 +220,7 @@ class Timeline {
     for (let time = Math.ceil(this.from / step) * step; time < this.to; time += step) {
       const x = this.left + (time - this.from) / span * (width - this.left);
       pen.fillStyle = paint.line; pen.fillRect(x, 18, 1, height);
-      pen.fillStyle = paint.soft; pen.fillText(brief(duration(time)), x + 3, 13);
+      pen.fillStyle = paint.soft; pen.fillText(time ? brief(duration(time)) : "0", x + 3, 13);
     }
   }
   slices(pen, { row, place, y, high }, width, paint) {

@@ -15,7 +15,7 @@ const KOREAN = {
   "No fault found: ids, dependencies, cycles, and collectives across ranks.": "결함 없음: 식별자, 의존성, 순환, 랭크 간 집합 통신.",
   "faults": "개 결함", "from": "보내는 랭크", "to": "받는 랭크", "fastest": "가장 빠른 것", "bus": "버스 대역폭",
   "start": "시작", "duration": "길이", "change": "변화", "step": "스텝", "loss": "손실", "memory": "메모리",
-  "difference": "차이", "group": "그룹", "gaps": "빈틈", "longest gaps": "가장 긴 빈틈", "before": "다음 작업", "on critical path": "임계 경로 위",
+  "difference": "차이", "group": "그룹", "gaps": "빈틈", "Longest gaps": "가장 긴 빈틈", "Rows above": "위 행", "Rows below": "아래 행", "before": "다음 작업", "on critical path": "임계 경로 위",
   "What a rank's results take, from their making to their last use": "결과가 만들어져 마지막으로 쓰일 때까지 차지하는 크기",
   "capacity": "용량", "peak": "최고", "Nothing was timed: run `meshloom simulate` or record a step.": "시간 정보가 없습니다: `meshloom simulate`를 돌리거나 스텝을 기록하세요.",
   "Drag or arrow keys move, Ctrl + wheel or + and − zoom, 0 shows all, n and p step through slices.": "끌기·화살표로 이동, Ctrl+휠 또는 +/−로 확대·축소, 0은 전체, n·p는 다음·이전 조각.",
