@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 from meshloom.errors import MeshloomError
 from meshloom.parallel.apply import parallelize
@@ -184,6 +186,24 @@ run again in float64: if they are equal to 1e-12 there, and the float32 differen
 the single model's own float32 gradients from its float64 ones, it is rounding. Everything else is wrong."""
 
 
+def shipped(kinds: Sequence[str]) -> str:
+    """For how many families the installed transformers has a plan of its own, in a sentence."""
+    told = []
+    for kind in kinds:
+        plans: Counter[str] = Counter()
+        for family in families(kind):
+            try:
+                model = build(family, kind, Size(), 0)
+            except ValueError:
+                continue
+            plans.update(name for name in ("tp", "pp") if getattr(model, f"_{name}_plan", None))
+        told.append(f"{plans['tp']} of {len(families(kind))} {kind} (pipeline: {plans['pp']})")
+    return (
+        f"transformers {transformers.__version__} itself ships a tensor-parallel plan for {', '.join(told)}; whether "
+        "they are right is not tried here."
+    )
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -219,7 +239,8 @@ def main() -> None:
                     f"own rounding {item['own']:.1e}"
                 )
                 print(f"{item['plan']:12} {item['kind']:8} {item['family']:28} {item['result']:9} {told}")
-    text = section("The zoo", f"python benchmarks/zoo.py --plans {options.plans}", table(results) + "\n\n" + NOTE)
+    told = "\n\n".join((table(results), NOTE, shipped(options.kinds.split(","))))
+    text = section("The zoo", f"python benchmarks/zoo.py --plans {options.plans}", told)
     print(text)
     if options.write:
         write_section(text)
