@@ -28,8 +28,8 @@ def test_flops_of_gpt3_175b_are_the_closed_form() -> None:
     config = AutoConfig.for_model(
         "gpt2", n_embd=width, n_layer=layers, n_head=96, n_positions=LENGTH, vocab_size=vocabulary
     )
-    expected = 72 * SEQUENCES * LENGTH * layers * width**2
-    expected *= 1 + LENGTH / (6 * width) + vocabulary / (12 * layers * width)
+    scores = 1 + LENGTH / (6 * width) + vocabulary / (12 * layers * width)
+    expected = 72 * SEQUENCES * LENGTH * layers * width**2 * scores
     assert _flops(config) == pytest.approx(expected, rel=0.005)
 
 

@@ -43,7 +43,7 @@ class Generated:
     @property
     def num_flops(self) -> int:
         """Floating-point operations of products and attention on each of its ranks."""
-        captured = sum(node.attrs.get("num_ops", 0) for node in self.nodes if _is_product(node))
+        captured: int = sum(node.attrs.get("num_ops", 0) for node in self.nodes if _is_product(node))
         products = [line for line in self.lines if _is_product(line.node)]
         return captured + int(self._grown(products, "num_ops").sum())
 

@@ -84,7 +84,8 @@ def with_all_layers(nodes: Sequence[Node], begins: Sequence[int], layers: Layers
         for layer, (begin, end) in enumerate(pairwise(span), start=_BEFORE)
         for _ in range(end - begin)
     ]
-    sizes, placed = [], []  # of each pass; first node of each of its layers
+    sizes: list[int] = []  # of each pass
+    placed: list[list[int]] = []  # the first node of each of its layers
     for span in spans:
         parts = [layers.standing(layer) if layer >= 0 else layer for layer in range(_BEFORE, len(layers.whole))]
         lengths = [span[part + 2] - span[part + 1] for part in parts]
@@ -92,7 +93,7 @@ def with_all_layers(nodes: Sequence[Node], begins: Sequence[int], layers: Layers
         sizes.append(sum(lengths))
     lines = [_line(node, index, owner, spans, layers) for index, node in enumerate(nodes)]
     _prove(lines, spans)
-    made = []
+    made: list[Node] = []
     for number, span in enumerate(spans):
         for layer in range(_BEFORE, len(layers.whole)):
             part = layers.standing(layer) if layer >= 0 else layer
