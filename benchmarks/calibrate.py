@@ -1,11 +1,12 @@
 """Fits the curves of the shipped devices to measured kernels, and says how well they fit.
 
-    python benchmarks/calibrate.py DIR [--write] [--device NAME]
+    python benchmarks/calibrate.py DIR [--write] [--device NAME] [--judge]
 
 DIR holds `gemm_bf16_*.csv.gz`, `attention_context_*.csv.gz` and `nccl_*.csv.gz` (NVIDIA's aiconfigurator, Apache-2.0)
 and, beside it, sweeps `nccl_allreduce_<gpu>_<n>gpu.csv`. Products are fitted on a tenth of the shapes, attention on a
 tenth, collectives on every other size; the errors printed are those of the rest. `--write` puts the curves into
-src/meshloom/hardware/specs.
+src/meshloom/hardware/specs. `--judge` fits nothing: it holds the shipped curves against the rows that were not fitted,
+and all devices together.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SPECS = Path(__file__).resolve().parents[1] / "src" / "meshloom" / "hardware" / 
 FILES = {"a100-80gb-sxm": "a100_sxm", "h100-sxm": "h100_sxm", "h200": "h200_sxm", "b200": "b200_sxm", "l40s": "l40s"}
 SAME = {  # devices of the same chip take the curves of the one that was measured
     "a100-80gb-sxm": ["a100-40gb-sxm", "a100-80gb-pcie", "a100-40gb-pcie"], "h100-sxm": ["h100-pcie"],
-    "b200": ["gb200"],
+    "b200": ["gb200", "gb300"], "l40s": ["rtx4090"],
 }  # fmt: skip
 OPS = {
     "all_reduce": "all_reduce",
@@ -132,6 +133,42 @@ def collectives(device: Device, samples: list[Collected]) -> tuple[dict[str, Col
     return curves, quality(np.concatenate(found))
 
 
+def judge(folder: Path) -> list[str]:
+    """Lines of a table: how the shipped curves do on rows that were not fitted, by device and all together."""
+    lines, found = [], {"products": [], "products of 20 µs and more": [], "fused attention": [], "collectives": []}
+    for name, file in FILES.items():
+        device, mine = load_device(name), {}
+        shapes, seconds = products(folder / f"gemm_bf16_{file}.csv.gz")
+        part = set(random.Random(SEED).sample(range(len(shapes)), max(1000, len(shapes) // 10)))
+        rest = [i for i in range(len(shapes)) if i not in part]
+        measured = np.array([seconds[i] for i in rest])
+        mine["products"] = errors(gemm_seconds(tuple(shapes[i] for i in rest), device), measured)
+        mine["products of 20 µs and more"] = mine["products"][measured > 20e-6]
+        kernels = attended(folder / f"attention_context_{file}.csv.gz")
+        part = set(random.Random(SEED).sample(range(len(kernels)), len(kernels) // 10))
+        others = [kernel for i, kernel in enumerate(kernels) if i not in part]
+        mine["fused attention"] = errors(
+            [attention_seconds(*k[:5], device) for k in others], [k.seconds for k in others]
+        )
+        samples, each = collected(folder / f"nccl_{file}.csv.gz"), []
+        for op in sorted({sample.op for sample in samples}):
+            ours = sorted((s for s in samples if s.op == op), key=lambda s: (s.num_devices, s.num_bytes))[1::2]
+            each.append(errors(predict_collectives(device, ours, device.collectives[op]), [s.seconds for s in ours]))
+        mine["collectives"] = np.concatenate(each)
+        for kind, values in mine.items():
+            found[kind].append(values)
+            lines.append(f"| {name} | {kind} | {quality(values)} |")
+    lines += [f"| **all five** | {kind} | {quality(np.concatenate(each))} |" for kind, each in found.items()]
+    for gpu, name in (("v100", "v100-sxm"), ("a100", "a100-80gb-sxm")):
+        samples, device = sweeps(folder.parent, gpu), load_device(name)
+        if samples:
+            values = errors(
+                predict_collectives(device, samples, device.collectives["all_reduce"]), [s.seconds for s in samples]
+            )
+            lines.append(f"| {name} | all-reduce of 2 to 8 devices, 1 MiB to 1 GiB (vTrain) | {quality(values)} |")
+    return lines
+
+
 def write(name: str, **parts: Any) -> None:
     path = SPECS / f"{name}.toml"
     table = tomllib.loads(path.read_text())
@@ -148,7 +185,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--judge", action="store_true", help="fit nothing, judge what is shipped")
     options = parser.parse_args()
+    if options.judge:
+        lines = ["| device | kernels | error on rows not fitted |", "|---|---|---|", *judge(options.folder)]
+        print("\n".join(lines))
+        if options.write:
+            write_section(section("Kernels", "python benchmarks/calibrate.py DIR --judge --write", "\n".join(lines)))
+        return
     lines = ["| device | kernels | error on rows not fitted |", "|---|---|---|"]
     for name, file in FILES.items():
         if options.device not in ("", name):
@@ -163,7 +207,7 @@ def main() -> None:
         print("\n".join(lines[-3:]), flush=True)
         if options.write:
             for same in [name, *SAME.get(name, [])]:
-                inside = None if "pcie" in same else curves
+                inside = None if "pcie" in same or same in ("gb300", "rtx4090") else curves
                 write(same, gemm=products_, attention=fused, **({"collectives": inside} if inside else {}))
     for name, gpu in (("v100-sxm", "v100"),):
         samples = sweeps(options.folder.parent, gpu)
@@ -174,8 +218,6 @@ def main() -> None:
             if options.write:
                 # the other collectives pass half the bytes over the same links
                 write(name, collectives=dict.fromkeys(OPS.values(), curves["all_reduce"]))
-    if options.write:
-        write_section(section("Kernels", "python benchmarks/calibrate.py DIR --write", "\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -72,8 +73,8 @@ def test_a_hung_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
     result = _broken("hang", 1, tmp_path / "run", "--collective-timeout", "5")
     assert result.returncode == 1, result.stdout + result.stderr
     line = result.stderr.splitlines()[-1]
-    assert "rank 1 hung: rank 0 waited for it in all" in line
-    assert "of ranks 0, 1 until its time was up" in line
+    # a broadcast of buffers comes first in the step where the model has some, else a sum of gradients
+    assert re.search(r"rank 1 hung: rank 0 waited for it in \w+ number \d+ of ranks 0, 1 until its time was up", line)
     assert "rank 1 was in broken_ranks.py:" in line
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
 

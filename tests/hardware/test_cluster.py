@@ -53,7 +53,7 @@ def test_a_users_cluster_names_a_device_file_beside_it(tmp_path: Path) -> None:
         ("latency_ns = 1500", "latency_ns = -1", "latency_ns to be a number of at least 0"),
         ("latency_ns = 1500", "latency_ns = nan", "latency_ns to be a number of at least 0, got nan"),
         ("latency_ns = 1500", "latency_ns = 1500\nlatency_us = 1", "latency_ns or latency_us, which mean the same"),
-        ("efficiency = 0.8", "efficiency = 0", "efficiency to be a part of the whole"),
+        ("efficiency = 0.8", "efficiency = 0 #", "efficiency to be a part of the whole"),
         ("efficiency = 0.8", "efficiency = 1.2", "efficiency to be a part of the whole"),
         ("efficiency = 0.8", "group_size = 1.5", "group_size to be a whole number"),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from meshloom.model.build import build_model
 from meshloom.model.step import make_optimizer, train_step
-from meshloom.parallel.apply import parallelize
+from meshloom.parallel.apply import cut_model
 from meshloom.parallel.certify import InDouble
 from meshloom.parallel.data import data_parallel
 from meshloom.parallel.launch import rank_context, run_ranks
@@ -59,7 +59,7 @@ class _Run:
             if hasattr(made, name):
                 setattr(made, name, 0.0)
         whole = build_model(made, "causal", seed=seed, device="meta")
-        cut = parallelize(build_model(made, "causal", seed=seed).double(), plan=mesh.plan, mesh=mesh).train()
+        cut = cut_model(build_model(made, "causal", seed=seed).double(), plan=mesh.plan, mesh=mesh).train()
         self.mesh, self.cut = mesh, cut
         group = mesh.groups["dp"] if zero else None
         self.optimizer = make_optimizer(cut, learning_rate=1e-2, weight_decay=0.1, shared_by=group)

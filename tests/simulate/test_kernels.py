@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,29 @@ def test_no_product_beats_the_peak(m: int, n: int, k: int) -> None:
         dtype = "bfloat16" if "bfloat16" in device.flops_per_second else "float16"
         (seconds,) = gemm_seconds(((1, m, n, k),), device, dtype)
         assert seconds >= 2 * m * n * k / device.peak(dtype)
+
+
+@pytest.mark.parametrize("name", ["a100-80gb-sxm", "h100-sxm", "h200", "b200", "l40s"])
+def test_products_beyond_the_measured_ones_stay_sensible(name: str) -> None:
+    """More work never takes less time (3 % for tiles that change), the largest near the device's own best."""
+    device = load_device(name)
+    sizes = (32, 64, 128, 256, 512, 1024, 4096, 16384, 1 << 17, 1 << 20)
+    for m in (1, 16, 100, 129, 1000, 4096):
+        for shapes in ([(1, m, 4096, size) for size in sizes], [(1, m, size, 4096) for size in sizes]):
+            times = gemm_seconds(tuple(shapes), device)
+            assert all(later > 0.97 * earlier for earlier, later in itertools.pairwise(times))
+    (large, huge, tiny) = gemm_seconds(((1, 16384, 16384, 16384), (1, 1 << 17, 1 << 17, 1 << 17), (1, 1, 1, 1)), device)
+    assert huge == pytest.approx(512 * large, rel=0.1)
+    assert 1e-6 < tiny < 1e-5
+
+
+def test_a_working_set_that_no_longer_fits_the_cache_is_loaded_from_memory() -> None:
+    """Five second factors in turn: 96 MB hold those of 16 MB, not those of 30 MB."""
+    device = load_device("l40s")
+    (inside, outside) = gemm_seconds(((1, 16, 4096, 2048), (1, 16, 4096, 4096)), device)
+    assert outside > 2.5 * inside
+    (alone,) = gemm_seconds(((1, 16, 4096, 4096),), device, rotation=1)
+    assert alone < 0.7 * outside
 
 
 @pytest.mark.parametrize("per_host", [2, 4, 8])

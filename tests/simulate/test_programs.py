@@ -150,6 +150,14 @@ def test_a_twin_needs_measured_times() -> None:
         simulate(_world(2), load_cluster("h100x8"), durations="measured")
 
 
+def test_the_twin_of_a_run_on_this_machine_takes_as_long_as_it_did(demo_run: Path) -> None:
+    traces = read_all(demo_run)
+    measured = _span_ns({rank: list(trace.nodes) for rank, trace in traces.items()})
+    predicted = simulate(traces, load_cluster("h100x8"), durations="measured").makespan_ns
+    assert predicted == pytest.approx(measured, rel=0.02)
+    assert predicted > 0.98 * max(trace.get("step_duration_ns") for trace in traces.values())
+
+
 @pytest.mark.shared
 def test_the_twin_of_eight_a100s_takes_as_long_as_they_did(shared: Path, tmp_path: Path) -> None:
     pairs = shared / "traces" / "megatron_gpt8b_tp8_8xA100"

@@ -167,3 +167,25 @@ def test_what_was_not_calibrated_is_said() -> None:
     odd = predict_step(_job(cluster, Plan(tp=16, cp=2, schedule="gpipe"), stack=STACKS["megatron-2022"])).warnings
     assert len(odd) == 3
     assert "leaves a host of 8" in " ".join(odd)
+
+
+def test_what_lies_outside_of_what_was_measured_is_said() -> None:
+    cluster = replace(load_cluster("h100x1024"), num_hosts=1 << 13)
+    stack = STACKS["megatron-core"]
+
+    def told(plan: Plan, shape: Shape = GPT3, seq_length: int = 2048) -> str:
+        job = Job(
+            shape=shape, plan=plan, cluster=cluster, stack=stack, seq_length=seq_length,
+            global_batch=plan.dp * plan.num_micro_batches,
+        )  # fmt: skip
+        step = predict_step(job)
+        assert 0 < step.mfu < 1
+        return "; ".join(step.warnings)
+
+    assert told(Plan(tp=8, pp=8, num_micro_batches=16)) == ""
+    assert "pp96 is more than the 64 stages" in told(Plan(tp=8, pp=96, num_micro_batches=96))
+    assert "65536 ranks are more than the 3072" in told(Plan(tp=8, pp=8, dp=1024, num_micro_batches=8))
+    assert "sequence length 1048576" in told(Plan(tp=8, pp=8, num_micro_batches=8), seq_length=1 << 20)
+    tiny = Shape(num_layers=2, hidden_size=128, intermediate_size=512, num_heads=4, num_kv_heads=4, vocab_size=300)
+    assert "hidden size 128" in told(Plan(), tiny)
+    assert "tp16 leaves a host of 8" in told(Plan(tp=16, num_micro_batches=4))

@@ -15,6 +15,7 @@ import meshloom
 from meshloom.chakra.check import check
 from meshloom.errors import MeshloomError, ModelError, PlanError, UsageError
 from meshloom.plan import Plan
+from meshloom.synth.roles import find_roles
 from tests.synth.steps import step
 
 
@@ -68,6 +69,14 @@ def test_a_forward_that_depends_on_data_is_told_with_its_line(decides: str, code
     assert told.startswith(f"{__file__}:{number}, in forward: `{code}`: ")
     assert "meshloom train --trace" in told
     assert "\n" not in told
+
+
+def test_the_loss_scaler_asks_all_ranks_whether_one_overflowed() -> None:
+    """Which takes the largest of their flags; the norm of the gradients is a sum."""
+    trace = find_roles(step("gpt2", "tp2", 1, layers=2, precision="fp16")).traces()
+    told = [(node.get("comm_reduction"), node.get("comm_size")) for node in next(trace)[1].nodes
+            if node.is_comm and node.get("phase") == "optimizer"]  # fmt: skip
+    assert told == [("max", 4), ("sum", 4)]
 
 
 def test_what_cannot_be_shared_or_skipped_is_refused() -> None:

@@ -51,6 +51,14 @@ def test_scopes_hold_what_starts_within_them() -> None:
     assert lanes.tolist() == [0, 1, 1, 2, 0]
 
 
+def test_the_time_of_work_holds_what_lies_inside_it() -> None:
+    # a scope of 1 + 1 around work of 10, which holds a scope of 3 with one of 2 inside; then the next scope
+    starts, own = np.array([0, 1, 3, 4, 12]), np.array([2, 10, 3, 2, 4])
+    whole, lanes = nested(starts, own, [False, True, False, False, False])
+    assert whole.tolist() == [12, 10, 5, 2, 4]
+    assert lanes.tolist() == [0, 1, 2, 3, 0]
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=40))
 def test_nothing_overlaps_in_a_lane(slices: list[tuple[int, int]]) -> None:
     slices.sort()

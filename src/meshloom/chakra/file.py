@@ -50,14 +50,10 @@ def whole_file(path: Path, *, num_bytes: int | None = None) -> Iterator[IO[bytes
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        size = (
-            f" a file of {num_bytes:,} bytes"
-            if num_bytes is not None and error.errno in (ENOSPC, EDQUOT, EFBIG)
-            else ""
-        )
-        raise FolderError(
-            f"{path}: expected to write here{size}, got '{error.strerror}'; choose another folder"
-        ) from error
+        is_full = error.errno in (ENOSPC, EDQUOT, EFBIG)
+        size = f" a file of {num_bytes:,} bytes" if num_bytes is not None and is_full else ""
+        way_out = "make room, or choose another folder" if is_full else "choose another folder"
+        raise FolderError(f"{path}: expected to write here{size}, got '{error.strerror}'; {way_out}") from error
     finally:
         with suppress(OSError):  # what went wrong is told already
             part.unlink(missing_ok=True)

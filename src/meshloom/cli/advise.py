@@ -60,6 +60,11 @@ def command(
         return
     click.echo(_table(shown))
     click.echo(_sentence(advice))
+    if shape.experts is not None:
+        click.echo(
+            f"{shape.num_parameters / 1e9:.1f} billion parameters, {shape.num_active_parameters / 1e9:.1f} of them "
+            f"met by a token: {shape.experts.per_token} of {shape.experts.count} experts"
+        )
     for warning in shown[0].step.warnings:
         click.echo(f"outside the calibrated range: {warning}")
 
@@ -107,10 +112,15 @@ def _table(choices: list[Choice]) -> str:
         fact = _facts(choice)
         lines.append(
             f"{fact['plan']:24} {fact['micro_batch']:3} {fact['virtual_stages']:2} {fact['recompute']:9} "
-            f"{fact['zero_stage']:4} {fact['step_s']:8.3f}s {fact['mfu']:6.1%} {fact['memory_bytes'] / 1e9:6.1f}GB "
+            f"{fact['zero_stage']:4} {_seconds(fact['step_s']):>9} {fact['mfu']:6.1%} "
+            f"{fact['memory_bytes'] / 1e9:5.1f} GB "
             f"{fact['exposed_communication_share']:7.1%} {fact['bubble_share']:6.1%}"
         )
     return "\n".join(lines)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
 def _sentence(advice: Advice) -> str:

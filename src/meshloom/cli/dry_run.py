@@ -50,7 +50,7 @@ def describe(
         cluster = cluster_of(asked.hardware, *size) if asked.hardware else this_host(device, *size)
         told["estimate"] = estimate(
             job.config, model, job.plan, cluster, batch_size=job.batch_size, seq_length=job.seq_length,
-            precision=job.precision,
+            precision=job.precision, zero_stage=job.zero,
         )  # fmt: skip
     except MeshloomError as error:
         told["estimate_error"] = str(error)

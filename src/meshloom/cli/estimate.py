@@ -133,13 +133,13 @@ def estimate(
     seq_length: int,
     precision: str,
     stack: str | None = None,
+    zero_stage: int = 0,
 ) -> dict[str, Any]:
     """Step time and memory of the fullest rank, as JSON takes them; raises ModelError, PlanError, HardwareError."""
-    return told_of(
-        job_of(
-            config, model, plan, cluster, batch_size=batch_size, seq_length=seq_length, precision=precision, stack=stack
-        )
+    job = job_of(
+        config, model, plan, cluster, batch_size=batch_size, seq_length=seq_length, precision=precision, stack=stack
     )
+    return told_of(replace(job, zero_stage=zero_stage))
 
 
 def job_of(

@@ -10,6 +10,8 @@ import click
 import msgspec
 
 from meshloom.chakra.file import read_all
+from meshloom.chakra.timeline import Timeline
+from meshloom.cli.simulate import shares
 from meshloom.errors import UsageError
 from meshloom.hardware.cluster import load_cluster
 from meshloom.hardware.device import load_device
@@ -41,13 +43,27 @@ def command(
     for each in scale:
         name, factor = _scale(each)
         wanted = replace(wanted, **({"instead": load_device(factor)} if name == "device" else {name: float(factor)}))
-    before = simulate(traces, on, durations=compute).makespan_ns
-    after = simulate(traces, on, durations=compute, wanted=wanted).makespan_ns
-    result = {"before_ns": before, "after_ns": after, "speedup": before / max(1, after)}
+    told = [f"{name} {factor}" for name, _, factor in (each.partition("=") for each in scale)]
+    told += [f"no communication over {axis}" for axis in remove_comm]
+    before = simulate(traces, on, durations=compute)
+    after = simulate(traces, on, durations=compute, wanted=wanted)
+    speedup = before.makespan_ns / max(1, after.makespan_ns)
     if as_json:
-        click.echo(msgspec.json.encode(result).decode())
-    else:
-        click.echo(f"step {before / 1e6:.3f} ms, then {after / 1e6:.3f} ms: {result['speedup']:.2f} times as fast")
+        shown = {"before_ns": before.makespan_ns, "after_ns": after.makespan_ns, "speedup": speedup}
+        click.echo(msgspec.json.encode({**shown, "before": shares(before), "after": shares(after)}).decode())
+        return
+    times = "the recorded times" if compute == "measured" else on.name
+    for name, timeline in ((f"with {times}", before), (f"with {', '.join(told) or 'nothing changed'}", after)):
+        click.echo(f"{timeline.makespan_ns / 1e6:12,.3f} ms  {name}: {_where(timeline)}")
+    click.echo(f"{speedup:.2f} times as fast")
+
+
+def _where(timeline: Timeline) -> str:
+    parts = shares(timeline)
+    return (
+        f"compute {parts['compute_share']:.1%}, exposed communication {parts['exposed_communication_share']:.1%}, "
+        f"idle {parts['idle_share']:.1%}"
+    )
 
 
 def _scale(text: str) -> tuple[str, str]:

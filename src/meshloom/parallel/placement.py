@@ -90,7 +90,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A flat tensor that holds the elements of another from its element `begin` on, which lies in a whole as `placed`."""
+    """A flat tensor of the elements of another from its element `begin` on, which lies in a whole as `placed`."""
 
     tensor: Tensor
     placed: Placed

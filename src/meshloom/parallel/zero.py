@@ -33,6 +33,7 @@ class _Bucket(NamedTuple):
     parameters: list[nn.Parameter]
     share: nn.Parameter
     pieces: list[Piece]
+    rest: list[Tensor]  # the zeros at its end, if there are any
 
 
 class Zero(torch.optim.Optimizer):
@@ -65,7 +66,7 @@ class Zero(torch.optim.Optimizer):
         if "found_inf" in vars(self):
             vars(self._inner)["found_inf"] = vars(self)["found_inf"]
         for bucket in self._buckets:
-            _fill(bucket)
+            _fill(bucket, self.group.rank())
         self._inner.step()
         functional = torch.ops._c10d_functional
         size, name = self.group.size(), self.group.group_name
@@ -98,26 +99,22 @@ def _cut(group: dist.ProcessGroup, parameters: list[nn.Parameter]) -> _Bucket:
         if begin < end:
             pieces.append(Piece(parameter, begin - at, end - at, share, begin - low))
         at += parameter.numel()
-    return _Bucket(parameters, share, pieces)
+    rest = size * group.size() - at
+    return _Bucket(parameters, share, pieces, [share.new_zeros(rest)] if rest else [])
 
 
-def _fill(bucket: _Bucket) -> None:
-    """Copy this rank's share of weights and gradients out of the model."""
-    share = bucket.share.detach()
-    gradient = torch.zeros_like(share)
-    held = [piece for piece in bucket.pieces if piece.parameter.grad is not None]
-    for target, sources in (
-        (share, [piece.parameter.detach() for piece in held]),
-        (gradient, [piece.parameter.grad for piece in held]),
-    ):
-        places = [target[piece.at : piece.at + piece.end - piece.begin] for piece in held]
-        taken = [
-            source.reshape(-1)[piece.begin : piece.end]
-            for source, piece in zip(sources, held, strict=True)
-            if source is not None
-        ]
-        if places:
-            torch._foreach_copy_(places, taken)
+def _fill(bucket: _Bucket, rank: int) -> None:
+    """Copy this rank's share of weights and gradients out of the model.
+
+    All of a bucket is put in a row first, and so every rank runs the same ops, whichever parameters its share has.
+    """
+    share, size = bucket.share.detach(), bucket.share.numel()
+    gradient = torch.empty_like(share)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.parameters]
+    for target, sources in ((share, bucket.parameters), (gradient, gradients)):
+        target.copy_(torch.cat([*(source.detach().reshape(-1) for source in sources), *bucket.rest])[
+            rank * size : (rank + 1) * size
+        ])  # fmt: skip
     bucket.share.grad = gradient
 
 

@@ -269,6 +269,8 @@ def _warnings(job: Job) -> tuple[str, ...]:
         found.append("a mixture of experts was never held against a measured step; even routing, no expert parallelism")
     if plan.cp > 1:
         found.append(f"cp{plan.cp}: context parallelism was held against six measurements only")
+    if plan.pp > 64:
+        found.append(f"pp{plan.pp} is more than the 64 stages that were measured")
     if plan.tp > job.cluster.devices_per_host:
         found.append(f"tp{plan.tp} leaves a host of {job.cluster.devices_per_host}")
     if plan.schedule in ("gpipe", "zero-bubble"):

@@ -79,6 +79,9 @@ class _Known(NamedTuple):
     facts: _Facts
 
 
+_REDUCTIONS = ("sum", "avg", "product", "min", "max")  # in the order of torch's RedOpType
+
+
 class StepWatcher(TorchDispatchMode):
     """Hands every op that runs within it to `builder`; `groups` names each process group's ranks and axis."""
 
@@ -235,7 +238,6 @@ class StepWatcher(TorchDispatchMode):
             leaf for leaf in tree_leaves(out if name.startswith("_c10d_f") else args[0]) if isinstance(leaf, Tensor)
         ]
         group = self._groups[_group_name(args, kwargs)]
-        reduction = next((arg for arg in args[1:] if isinstance(arg, str) and arg in ("sum", "avg", "min", "max")), "")
         node = partial(
             self._builder.collective,
             name,
@@ -245,7 +247,7 @@ class StepWatcher(TorchDispatchMode):
             num_bytes=sum(_shape(tensor).num_bytes for tensor in sent),
             output_bytes=sum(_shape(tensor).num_bytes for tensor in received),
             dtype=_dtype(sent),
-            reduction=reduction or ("sum" if "reduce" in name else ""),
+            reduction=_reduction(name, args),
             reads=[self._region(tensor, is_read=True) for tensor in sent],
             writes=[self._region(tensor) for tensor in received],
             **self._attrs(),
@@ -325,6 +327,16 @@ def _changed(schema: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _reduction(name: str, args: Any) -> str:
+    """What a collective makes of several numbers: functional ones say it in text, c10d ops take torch's ReduceOp."""
+    for arg in args[1:]:
+        if isinstance(arg, str) and arg in _REDUCTIONS:
+            return arg
+        if isinstance(arg, torch.ScriptObject) and "ReduceOp" in str(arg._type()):
+            return _REDUCTIONS[int(arg.op())]
+    return "sum" if "reduce" in name else ""
 
 
 def _group_name(args: Any, kwargs: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is synthesised: a model of a config, or one that was written by hand; and what is told if its forward needs data."""
+"""What is synthesised: the model of a config or one written by hand; and what is told if its forward needs data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizer states that are shared over data parallel, as a checkpoint stores them: under the names of the parameters."""
+"""Optimizer states shared over data parallel, as a checkpoint stores them: under the names of the parameters."""
 
 from __future__ import annotations
 

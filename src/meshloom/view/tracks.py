@@ -7,7 +7,7 @@ nest in lanes of their own, as their own times imply (a scope holds only its own
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -141,7 +141,7 @@ def _measured(found: list[Track], names: dict[str, int], rank: int, nodes: list[
         starts = np.array([node.start_ns + shift for node in each], dtype=np.int64)
         durations = np.array([node.duration_ns for node in each], dtype=np.int64)
         if kind == "host":
-            durations, lanes = nested(starts, durations)
+            durations, lanes = nested(starts, durations, [node.get("op_class") != "host" for node in each])
         else:
             lanes = side_by_side(starts, durations)
         found.append(
@@ -171,10 +171,13 @@ def _numbered(names: dict[str, int], each: list[str]) -> NDArray[np.int32]:
     return np.array([names.setdefault(name, len(names)) for name in each], dtype=np.int32)
 
 
-def nested(starts: NDArray[np.int64], own: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
+def nested(
+    starts: NDArray[np.int64], own: NDArray[np.int64], whole: Sequence[bool] = ()
+) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
     """Whole durations and depths of the slices of one thread, from their starts (in order) and their own parts.
 
-    What starts before another of its thread is over lies inside it, and makes it longer by its own time.
+    What starts before another of its thread is over lies inside it, and makes it longer by its own time; but not those
+    of which `whole` says that their time holds everything inside already, as that of an op that does work.
     """
     ends = (starts + own).tolist()
     depths = np.zeros(len(starts), dtype=np.int16)
@@ -182,7 +185,9 @@ def nested(starts: NDArray[np.int64], own: NDArray[np.int64]) -> tuple[NDArray[n
     for row, (start, length) in enumerate(zip(starts.tolist(), own.tolist())):
         while open_rows and ends[open_rows[-1]] <= start:
             open_rows.pop()
-        for outer in open_rows:
+        for outer in reversed(open_rows):
+            if whole and whole[outer]:
+                break
             ends[outer] += length
         depths[row] = len(open_rows)
         open_rows.append(row)
