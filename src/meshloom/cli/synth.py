@@ -155,18 +155,10 @@ def write_traces(
     config = load_config(model)
     _check_positions(config, seq_length)
     step = Step(
-        config=config,
-        objective=objective or objective_of(config),
-        plan=cut,
-        micro_batch=micro_batch,
-        seq_length=seq_length,
-        max_grad_norm=max_grad_norm,
-        precision=precision,
-        fused=not no_fused,
-        zero=zero,
-        model_name=model,
-        styles=take_styles(styles),
-    )
+        config=config, objective=objective or objective_of(config), plan=cut, micro_batch=micro_batch,
+        seq_length=seq_length, max_grad_norm=max_grad_norm, precision=precision, fused=not no_fused, zero=zero,
+        model_name=model, styles=take_styles(styles),
+    )  # fmt: skip
     cores = os.cpu_count() or 1
     # a pass more than there are cores: three on two so end together
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
