@@ -9,6 +9,7 @@ import pytest
 
 from meshloom.chakra.check import check
 from meshloom.chakra.trace import NodeType
+from meshloom.chakra.wire import StoredNodes, whole_frames
 from meshloom.errors import PlanError
 from meshloom.plan import Plan
 from meshloom.synth.parts import Part, enough_micro_batches, parts_of
@@ -61,7 +62,7 @@ def test_ranks_of_a_role_run_the_same() -> None:
         for tp in range(2):
             told = room._one_rank(wanted, wanted.config, plan, pp, tp, given)
             rank = plan.rank(pp=pp, tp=tp)
-            nodes = list(room.StoredNodes(told.nodes, room.whole_frames(told.nodes)))
+            nodes = list(StoredNodes(told.nodes, whole_frames(told.nodes)))
             assert nodes == list(traces[rank].nodes)
             assert told.held_bytes + 2 * told.batch_bytes == traces[rank].get("memory_held")
 
