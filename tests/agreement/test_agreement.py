@@ -33,10 +33,14 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _agree(real: list[Node], imagined: list[Node]) -> None:
+def _agree(real: list[Node], imagined: list[Node], *, kept: bool = False) -> None:
+    """`kept`: results of the forward are kept for a layer that is computed again; see docs/synth.md."""
     assert work(real) == work(imagined)
     assert sent(real) == sent(imagined)
-    assert needs(real) == needs(imagined)
+    if kept:
+        assert [what for what, _ in needs(real)] == [what for what, _ in needs(imagined)]
+    else:
+        assert needs(real) == needs(imagined)
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -51,7 +55,7 @@ def test_a_training_step(name: str, captured: Path) -> None:
     assert check(imagined) == []
     assert list(real) == list(imagined) == list(range(case.plan.world_size))
     for rank, trace in real.items():
-        _agree(list(trace.nodes), list(imagined[rank].nodes))
+        _agree(list(trace.nodes), list(imagined[rank].nodes), kept=case.plan.recompute == "selective")
         assert {phase for _, _, _, phase in work(trace.nodes)} == {"forward", "backward", "optimizer"}
 
 
