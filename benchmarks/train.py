@@ -3,25 +3,32 @@
 Same model (GPT-2 from one seed), same fused AdamW, same clipping, batches of the same shape, in one process. Each loop
 has a thread that waits for its turn, and the loops take turns step by step, in an order that is drawn anew each time; a
 step lasts from its beginning to that of the next one, so all that a loop does between its steps counts: reading data,
-learning rates, logging, callbacks. What a loop adds is the median over turns of its step less bare's of the same turn,
-so that a machine that changes its speed does so for all. The time of the processor is told beside that on the clock: on
-a machine with other work it is the one to look at.
+learning rates, logging, callbacks. What a loop adds is its step less bare's of the same turn, so that a machine that
+changes its speed does so for all: the median of those that log and of those that do not, by how many there are. The
+time of the processor is told beside that on the clock: on a machine with other work it is the one to look at.
 
 Loops: bare (batches ready in memory); ours (`meshloom train` on its own stream of tokenised data); accelerate, Hugging
 Face's Trainer and Lightning Fabric, each with a DataLoader and used as its documentation shows. Peers that are not
 installed are told (`pip install 'meshloom[bench]'`). On a GPU the model is GPT-2 124M in bf16, with torch.compile of
-the layers. What tracing costs when it is off is told by `benchmarks/record.py`.
+the layers.
+
+Nothing here waits for ever: a loop whose step takes longer than --limit ends the run, and so does everything together
+after ten times that; both tell where it stands. What tracing costs while it is off is told too: the hook around a step,
+and the scopes by which a trace would know its phases. What it costs when it is on is told by `benchmarks/record.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import random
+import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -38,7 +45,7 @@ from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, 
 
 from meshloom.model.build import build_model, flops_per_token
 from meshloom.model.config import load_tokenizer
-from meshloom.model.step import make_optimizer
+from meshloom.model.step import make_optimizer, phase
 from meshloom.parallel.compiled import compile_layers
 from meshloom.parallel.flow import find_layers
 from meshloom.plan import Plan
@@ -50,7 +57,8 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
 from results import machine, section, write_section
 
 MAX_NORM, RATE = 1.0, 1e-4
-WARMUP = 10  # turns that are not counted
+LOG_STEPS = 10  # of ours and of Trainer
+WARMUP = LOG_STEPS  # turns that are not counted
 
 
 @dataclass
@@ -131,7 +139,7 @@ def ours(setting: Setting) -> Loop:
     job = Job(
         config=setting.config, objective="causal", tokenizer=setting.tokenizer, plan=Plan(), stream=setting.stream,
         max_steps=setting.steps, batch_size=setting.batch_size, seq_length=setting.seq_length, learning_rate=RATE,
-        weight_decay=0.1, max_grad_norm=MAX_NORM, seed=0, log_steps=10, compiled=setting.compiled,
+        weight_decay=0.1, max_grad_norm=MAX_NORM, seed=0, log_steps=LOG_STEPS, compiled=setting.compiled,
         precision=setting.precision,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -210,9 +218,9 @@ def trainer(setting: Setting) -> Loop:
             model=model,
             args=TrainingArguments(
                 output_dir=folder, per_device_train_batch_size=setting.batch_size, max_steps=setting.steps,
-                learning_rate=RATE, max_grad_norm=MAX_NORM, logging_steps=10, save_strategy="no", report_to="none",
-                disable_tqdm=True, use_cpu=setting.device.type == "cpu", bf16=setting.precision == "bf16",
-                dataloader_pin_memory=False, optim="adamw_torch_fused",
+                learning_rate=RATE, max_grad_norm=MAX_NORM, logging_steps=LOG_STEPS, save_strategy="no",
+                report_to="none", disable_tqdm=True, use_cpu=setting.device.type == "cpu",
+                bf16=setting.precision == "bf16", dataloader_pin_memory=False, optim="adamw_torch_fused",
             ),
             train_dataset=setting.rows, callbacks=[beginning],
         )  # fmt: skip
@@ -246,25 +254,34 @@ def loops(setting: Setting) -> Iterator[tuple[str, Loop]]:
 
 
 class Taking:
-    """A loop in a thread of its own that does one step when it is told to."""
+    """A loop in a thread of its own that does one step when it is told to, within `limit_s`."""
 
-    def __init__(self, run: Loop, device: torch.device) -> None:
+    def __init__(self, name: str, run: Loop, device: torch.device, limit_s: float) -> None:
         self._go, self._done = threading.Event(), threading.Event()
-        self._run, self._device = run, device
+        self._name, self._run, self._device, self._limit_s = name, run, device, limit_s
         self._began = (0.0, 0.0)
         self.took = (0.0, 0.0)  # milliseconds of the last step: on the clock, and of the processor
         self.error: BaseException | None = None
-        threading.Thread(target=self._loop, daemon=True).start()
-        self._done.wait()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+        self._wait("begin")
 
     def step(self) -> tuple[float, float]:
         """Do a step; returns what it took."""
         self._done.clear()
         self._go.set()
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
+        self._wait("end its step")
         return self.took
+
+    def _wait(self, what: str) -> None:
+        if not self._done.wait(self._limit_s):
+            frame = sys._current_frames().get(self._thread.ident or 0)
+            where = "".join(traceback.format_stack(frame)[-4:]) if frame is not None else "its thread has ended\n"
+            raise SystemExit(
+                f"{self._name}: expected it to {what} within {self._limit_s:.0f} s (--limit); it is at\n{where}"
+            )
+        if self.error is not None:
+            raise SystemExit(f"{self._name}: failed: {type(self.error).__name__}: {self.error}") from self.error
 
     def _loop(self) -> None:
         try:
@@ -295,9 +312,9 @@ def _clocks() -> tuple[float, float]:
 Steps = list[tuple[float, float]]
 
 
-def measure(setting: Setting) -> dict[str, Steps]:
+def measure(setting: Setting, limit_s: float) -> dict[str, Steps]:
     """Loop -> its steps, turn by turn."""
-    running = {name: Taking(run, setting.device) for name, run in loops(setting)}
+    running = {name: Taking(name, run, setting.device, limit_s) for name, run in loops(setting)}
     times: dict[str, Steps] = {name: [] for name in running}
     order, chosen = list(running), random.Random(0)
     for turn in range(setting.steps - 1):  # the last step has no next one
@@ -316,11 +333,30 @@ def summary(setting: Setting, times: dict[str, Steps]) -> dict[str, dict[str, fl
         row = {}
         for place, kind in enumerate(("step", "processor")):
             row[f"{kind}_ms"] = median(step[place] for step in steps)
-            row[f"{kind}_above_bare_ms"] = median(
-                mine[place] - plain[place] for mine, plain in zip(steps, times["bare"], strict=True)
-            )
+            more = [mine[place] - plain[place] for mine, plain in zip(steps, times["bare"], strict=True)]
+            logging_ones = more[LOG_STEPS - 1 :: LOG_STEPS]  # the first turn here is a multiple of LOG_STEPS
+            others = [value for index, value in enumerate(more) if (index + 1) % LOG_STEPS]
+            row[f"{kind}_above_bare_when_logging_ms"] = median(logging_ones)
+            # of a step on average: all those that log count, and not only the others, as in a median of all
+            row[f"{kind}_above_bare_ms"] = (
+                median(others) * (LOG_STEPS - 1) + row[f"{kind}_above_bare_when_logging_ms"]
+            ) / LOG_STEPS
         told[name] = {**row, "tokens_per_second": 1000 * setting.batch_size * setting.seq_length / row["step_ms"]}
     return told
+
+
+def tracing_off_us() -> float:
+    """Microseconds of a step that go to what a trace would need, while none is taken: median."""
+    around: Callable[[int], Any] = lambda step: nullcontext()  # noqa: E731 - as in the loop
+    times = []
+    for step in range(2000):
+        begin = time.perf_counter_ns()
+        with around(step):
+            for name in ("forward", "backward", "optimizer"):
+                with phase(name):
+                    pass
+        times.append((time.perf_counter_ns() - begin) / 1000)
+    return median(times)
 
 
 def setting_of(options: argparse.Namespace, folder: Path) -> Setting:
@@ -345,6 +381,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds that a loop's step may take")
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true")
@@ -352,20 +389,25 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(10 * options.limit, exit=True)  # also where a loop holds the interpreter's lock
     with tempfile.TemporaryDirectory() as folder:
         setting = setting_of(options, Path(folder))
-        told = summary(setting, measure(setting))
+        told = summary(setting, measure(setting, options.limit))
+    faulthandler.cancel_dump_traceback_later()
+    off_us = tracing_off_us()
     flops = flops_per_token(setting.config, "causal", seq_length=setting.seq_length)
     if options.json:
-        print(json.dumps({"machine": machine(), "flops_per_token": flops, "loops": told}))
+        print(json.dumps({"machine": machine(), "flops_per_token": flops, "tracing_off_us": off_us, "loops": told}))
         return
     rows = [
-        "| loop | ms a step | above bare | processor ms a step | above bare | tokens/s |",
-        "|---|---|---|---|---|---|",
+        "| loop | ms a step | above bare | when it logs | processor ms a step | above bare | when it logs | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows += [
-        f"| {name} | {row['step_ms']:.3f} | {row['step_above_bare_ms']:+.3f} | {row['processor_ms']:.3f} | "
-        f"{row['processor_above_bare_ms']:+.3f} | {row['tokens_per_second']:,.0f} |"
+        f"| {name} | {row['step_ms']:.3f} | {row['step_above_bare_ms']:+.3f} | "
+        f"{row['step_above_bare_when_logging_ms']:+.3f} | {row['processor_ms']:.3f} | "
+        f"{row['processor_above_bare_ms']:+.3f} | {row['processor_above_bare_when_logging_ms']:+.3f} | "
+        f"{row['tokens_per_second']:,.0f} |"
         for name, row in told.items()
     ]
     config = setting.config
@@ -374,7 +416,9 @@ def main() -> None:
         "",
         f"GPT-2 ({size}), {setting.batch_size} × {setting.seq_length} tokens, {setting.precision}, on "
         f"{setting.device.type}; {flops / 1e6:,.1f} MFLOP a token; {options.steps} steps of each "
-        "in turns.",
+        f"in turns; ours and Trainer log every {LOG_STEPS}th.",
+        "",
+        f"Tracing while it is off: {off_us:.1f} µs a step, {off_us / 10 / told['bare']['step_ms']:.2f} % of bare's.",
     ]
     given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items()
              if value not in (None, False, parser.get_default(name)) and name != "write"]  # fmt: skip

@@ -91,11 +91,8 @@ def test_parts_of_the_vocabulary_find_the_same_token(monkeypatch: pytest.MonkeyP
     class Group:
         group_name = "0"
 
-    class Collectives:
-        all_reduce_ = staticmethod(keep)
-        wait_tensor = staticmethod(lambda tensor: tensor)
-
-    monkeypatch.setattr("meshloom.parallel.candidates._functional", Collectives)
+    monkeypatch.setattr("meshloom.parallel.candidates._all_reduce_in_place_op", keep)
+    monkeypatch.setattr("meshloom.parallel.candidates._wait_op", lambda tensor: tensor)
     for rank in range(3):
         part = Part(size=31, index=rank, degree=3, group=Group())  # type: ignore[arg-type]
         begin, end = part.range

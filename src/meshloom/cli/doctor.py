@@ -281,8 +281,9 @@ def _reachable(data: Sequence[str], tokenizer: str | None, model: str | None) ->
     except MeshloomError:
         advice = "what is local or cached works without; else look at HTTPS_PROXY, HF_ENDPOINT"
         yield Finding(what="hub", state="warning", found="it cannot be reached", advice=advice)
-    looked: list[tuple[str, Any, str]] = [(f"data {name}", find_sources, name) for name in (SAMPLE, *data)]
-    looked += [(f"tokenizer {name}", load_tokenizer, name) for name in ("bytes", tokenizer) if name]
+    named = dict.fromkeys((SAMPLE, *data))  # each once
+    looked: list[tuple[str, Any, str]] = [(f"data {name}", find_sources, name) for name in named]
+    looked += [(f"tokenizer {name}", load_tokenizer, name) for name in dict.fromkeys(("bytes", tokenizer)) if name]
     looked += [(f"model {name}", load_config, name) for name in (model,) if name]
     for what, look, name in looked:
         try:

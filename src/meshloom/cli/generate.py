@@ -13,6 +13,7 @@ import click
 
 from meshloom.chakra.check import check
 from meshloom.chakra.file import read_all
+from meshloom.cli.styles import styles_option, take_styles
 from meshloom.errors import DataError, FolderError, ModelError, RunFailed, UsageError
 from meshloom.plan import Plan
 
@@ -27,6 +28,7 @@ _TRACED = 2  # the decode step that is recorded: not the first, which makes what
     "config.json.",
 )
 @click.option("--plan", default="dp1", show_default=True, help="How the work is cut, such as tp2 or tp2.pp2.")
+@styles_option
 @click.option("--prompt", multiple=True, help="What to continue; several are continued together.")
 @click.option(
     "--prompts-file", help="A file with a prompt a line (.txt), or a JSON text or object with 'prompt' a line (.jsonl)."
@@ -173,6 +175,7 @@ def _job(
     no_cuda_graph: bool,
     compiled: bool,
     traced: bool,
+    styles: str | None = None,
 ) -> Any:
     """What is generated, found and checked before any process is started."""
     from meshloom.generate.run import Job, check_job
@@ -201,6 +204,7 @@ def _job(
         seed=seed,
         dtype=dtype,
         cuda_graph=not no_cuda_graph,
+        styles=take_styles(styles),
         compiled=compiled,
         traced_step=min(_TRACED, max(1, max_new_tokens - 1)) if traced else None,
     )

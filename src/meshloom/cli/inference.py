@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from meshloom.cli.styles import take_styles
 from meshloom.errors import UsageError
 from meshloom.plan import Plan
 
@@ -30,6 +31,7 @@ def write_inference(
     precision: Any = "fp32",
     roles: bool = False,
     capture_all: bool = False,
+    styles: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the traces of a generation on every rank of a plan; returns what the command prints as JSON.
@@ -57,6 +59,7 @@ def write_inference(
         num_output_tokens=num_output_tokens,
         precision=precision,
         model_name=model,
+        styles=take_styles(styles),
     )
     found = synthesise_inference(step, stamped=not capture_all)
     num_bytes = found.write(folder, roles_only=roles)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from meshloom.cli.styles import styles_option, take_styles
 from meshloom.errors import FolderError, PlanError
 from meshloom.plan import Plan
 
@@ -30,11 +31,7 @@ _SHOWN = 12  # decisions printed without --explain
               show_default=True, help="With pp: the order of a rank's passes.")  # fmt: skip
 @click.option("--virtual-stages", default=1, show_default=True, type=click.IntRange(1), help="With pp: stages a rank.")
 @click.option("--stage-layers", help="With pp: how many layers each stage has, such as 10,14.  [default: balanced]")
-@click.option(
-    "--styles",
-    type=click.Path(exists=True, dir_okay=False),
-    help="A TOML table [styles] of module = column, row, vocabulary or whole: overrules what is found.",
-)
+@styles_option
 @click.option("--explain", is_flag=True, help="Print every layer: how it is cut, and why.")
 @click.option("--certify", is_flag=True, help="Run it on real ranks, and hold loss and gradients to the single model.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
@@ -77,7 +74,7 @@ def command(
 
     config = load_config(model)
     chosen: Any = objective or objective_of(config)
-    written = _styles(styles)
+    written = take_styles(styles)
     told = _decisions(config, chosen, cut, written)
     _show(model, cut, told, everything=explain)
     result: dict[str, Any] = {"model": model, "plan": str(cut), **told}
@@ -96,15 +93,6 @@ def command(
         except OSError as error:
             raise FolderError(f"{out}: expected to write here, got '{error.strerror}'; choose another --out") from error
     return 0 if passed else 1
-
-
-def _styles(path: str | None) -> dict[str, str]:
-    """The plan written by hand, empty without one."""
-    if path is None:
-        return {}
-    from meshloom.parallel.written import read_styles
-
-    return read_styles(Path(path))
 
 
 def _decisions(config: Any, objective: Any, plan: Plan, styles: dict[str, str]) -> dict[str, Any]:

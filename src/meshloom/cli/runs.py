@@ -179,9 +179,16 @@ def _log(path: Path, rank: int | None) -> Path:
     host, local_rank = divmod(rank, _ranks_per_host(path))
     logs = path / "logs" / f"host{host:05}" if host else path / "logs"
     found: list[Any] = sorted((logs / "elastic").rglob(f"*/{local_rank}/stdout.log"))
-    if not found:
-        raise FolderError(f"{path}: expected output of rank {rank}, found none; rank 0 prints to the console")
-    return Path(found[-1])
+    if found:
+        return Path(found[-1])
+    # rank 0 prints to the console, which is kept in the background only; its own notes always are
+    others = [path / "logs" / "console.log"] * (rank == 0) + [path / "logs" / f"rank{rank}.jsonl"]
+    there = next((log for log in others if log.is_file()), None)
+    if there is None:
+        raise FolderError(
+            f"{path}: expected output of rank {rank}, found none; see {path / 'logs'} for those there are"
+        )
+    return there
 
 
 def _ranks_per_host(path: Path) -> int:

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from meshloom.chakra.file import paused_collection, read
 from meshloom.cli.inference import OF_INFERENCE, OF_TRAINING, write_inference
+from meshloom.cli.styles import styles_option, take_styles
 from meshloom.errors import PlanError, UsageError
 from meshloom.plan import Plan
 
@@ -24,6 +25,7 @@ from meshloom.plan import Plan
     help="A preset (gpt2, bert-base-uncased, koen-sllm, llama-3-8b, …), a config.json, a folder, or a hub id.",
 )
 @click.option("--plan", required=True, help="How the work is cut, such as tp2.dp4.")
+@styles_option
 @click.option("--micro-batch", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")
 @click.option("--gradient-accumulation", type=click.IntRange(1), help="Micro-batches a step.  [default: 1]")
 @click.option("--global-batch", type=click.IntRange(1), help="Sequences a step of all ranks, instead of the above.")
@@ -127,6 +129,7 @@ def write_traces(
     zero: int = 0,
     roles: bool = False,
     capture_all: bool = False,
+    styles: str | None = None,
     force: bool = False,
     forks: bool = False,
 ) -> dict[str, Any]:
@@ -152,17 +155,10 @@ def write_traces(
     config = load_config(model)
     _check_positions(config, seq_length)
     step = Step(
-        config=config,
-        objective=objective or objective_of(config),
-        plan=cut,
-        micro_batch=micro_batch,
-        seq_length=seq_length,
-        max_grad_norm=max_grad_norm,
-        precision=precision,
-        fused=not no_fused,
-        zero=zero,
-        model_name=model,
-    )
+        config=config, objective=objective or objective_of(config), plan=cut, micro_batch=micro_batch,
+        seq_length=seq_length, max_grad_norm=max_grad_norm, precision=precision, fused=not no_fused, zero=zero,
+        model_name=model, styles=take_styles(styles),
+    )  # fmt: skip
     cores = os.cpu_count() or 1
     # a pass more than there are cores: three on two so end together
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)

@@ -18,6 +18,7 @@ from meshloom.chakra.file import read_all
 from meshloom.cli.data import DUMMY, open_stream
 from meshloom.cli.dry_run import commands, describe, in_words
 from meshloom.cli.hosts import NAMES, Start, host_options, sbatch, take_hosts
+from meshloom.cli.styles import styles_option, take_styles
 from meshloom.cli.tracing import take_tracing, trace_options
 from meshloom.cli.training import Asked, complete, length, take, training_options
 from meshloom.errors import FolderError, MeshloomError, UsageError
@@ -45,6 +46,7 @@ from meshloom.train.sources import SAMPLE, Reading, find_sources
 @click.option("--cache-dir", help="Where tokenised data is kept.  [default: MESHLOOM_CACHE_DIR, or ~/.cache/meshloom]")
 @click.option("--tokenizer", help="A tokenizer folder, a hub id, or 'bytes'.  [default: that of --model]")
 @click.option("--plan", default="dp1", show_default=True, help="How the work is cut, such as dp2 or tp2.dp2.")
+@styles_option
 @training_options
 @click.option("--batch-size", default=4, show_default=True, type=click.IntRange(1), help="Sequences a micro-batch.")
 @click.option(
@@ -310,6 +312,7 @@ def _job(
     stage_layers: str | None = None,
     recompute: Any = "none",
     max_steps: int | None = None,
+    styles: str | None = None,
     **numbers: Any,
 ) -> tuple[Any, int]:
     """What is trained, and how many parameters it has; found, checked and tokenised before any process is started."""
@@ -334,6 +337,7 @@ def _job(
             stage_layers=Plan.parse_stage_layers(stage_layers), recompute=recompute,
         ),
         max_steps=max_steps or 1,
+        styles=take_styles(styles),
         **numbers,
     )  # fmt: skip
     if job.tokenizer is not None:

@@ -6,9 +6,9 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -54,6 +54,7 @@ class Job:
     seed: int = 0  # of random weights
     dtype: str = "float32"
     cuda_graph: bool = True
+    styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
     compiled: bool = False  # decode steps go through torch.compile
     traced_step: int | None = None  # the decode step that is recorded, beside the prefill
 
@@ -84,7 +85,8 @@ def check_job(job: Job) -> int:
     if job.traced_step is not None and job.traced_step >= job.max_new_tokens:
         raise UsageError(f"--max-new-tokens {job.max_new_tokens}: expected at least 2, to record a decode step")
     model = build_model(job.config, "causal", seed=job.seed, device="meta")
-    check_plan(model, job.plan, example_batch("causal", micro_batch=1, seq_length=8, device="meta"))
+    example = example_batch("causal", micro_batch=1, seq_length=8, device="meta")
+    check_plan(model, job.plan, example, job.styles)
     if job.weights is not None:
         check_weights(Path(job.weights), model)
     return num_parameters(model)
@@ -119,7 +121,7 @@ def load_part(job: Job, mesh: Mesh) -> nn.Module:
         whole = build_model(job.config, "causal", seed=job.seed, device="meta")
         cache = None if job.shard_cache is None else Path(job.shard_cache)
         fill = fill_from(Path(job.weights), whole, mesh=mesh, cache=cache)
-    model = build_part(job.config, "causal", mesh=mesh, seed=job.seed, fill=fill).eval()
+    model = build_part(job.config, "causal", mesh=mesh, seed=job.seed, fill=fill, styles=job.styles).eval()
     return lay_out_for_one_row(model.requires_grad_(False).to(getattr(torch, job.dtype)))
 
 

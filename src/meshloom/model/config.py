@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub.constants import ENDPOINT
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -21,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from meshloom.errors import DataError, ModelError, OfflineError, UsageError
+from meshloom.model.hub import hub_answers, only_local
 from meshloom.model.preset import expected_model, preset_config, preset_tokenizer
 
 Objective = Literal["causal", "masked"]
@@ -56,7 +54,7 @@ def load_config(model: str) -> Any:
         return _from_json(text, str(file))
     if "/" in model and (path.parent.is_dir() or model.startswith((".", "/"))):
         raise ModelError(f"{model}: expected a folder with config.json, a config.json or a hub id; no such path")
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError), only_local():
         return AutoConfig.from_pretrained(model, local_files_only=True)
     with hub(f"model {model!r}: {expected_model(model)}", ModelError):
         return AutoConfig.from_pretrained(model)
@@ -144,12 +142,13 @@ def load_tokenizer(tokenizer: str, *, download: bool = True) -> Any:
     path = Path(tokenizer)
     if path.exists() or tokenizer.startswith((".", "/")):
         try:
-            return AutoTokenizer.from_pretrained(tokenizer)
+            with only_local():
+                return AutoTokenizer.from_pretrained(tokenizer)
         except Exception as error:  # a broken tokenizer folder fails in many ways
             raise DataError(
                 f"tokenizer {tokenizer}: expected a folder with a tokenizer, got '{_said(error)}'"
             ) from error
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError), only_local():
         return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     if not download:
         raise OfflineError(f"tokenizer {tokenizer!r}: it is not on this host yet")
@@ -170,13 +169,8 @@ def _byte_tokenizer() -> Any:
 @contextmanager
 def hub(expected: str, kind: type[ModelError] | type[DataError]) -> Iterator[None]:
     """Within this, transformers may ask the hub; its failures become one line."""
-    # The hub's own client tries five times, a minute long and loudly, before it says that there is no network.
-    try:
-        urllib.request.urlopen(ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError as error:
-        raise OfflineError(f"{expected}; the hub cannot be reached, and nothing of that name is cached") from error
+    if not hub_answers():
+        raise OfflineError(f"{expected}; the hub cannot be reached, and nothing of that name is cached")
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -126,7 +126,7 @@ def fill_from(
     source = check_weights(folder, whole)
 
     def fill(held: Mapping[str, Placed]) -> None:
-        cached = None if cache is None else cache / f"{_key(folder, whole, mesh)}.safetensors"
+        cached = None if cache is None else cache / f"{_key(folder, whole, mesh, held)}.safetensors"
         if cached is not None and _read_cache(cached, held):
             return
         if source.places:
@@ -237,14 +237,16 @@ def _convert(folder: Path, whole: nn.Module, held: Mapping[str, Placed]) -> None
         placed.put(tensors[name].detach().to(placed.tensor.dtype).flatten(), 0)
 
 
-def _key(folder: Path, whole: Any, mesh: Mesh) -> str:
-    """What a cached part depends on: the files, the architecture, the plan, the place in it, and our version."""
+def _key(folder: Path, whole: Any, mesh: Mesh, held: Mapping[str, Placed]) -> str:
+    """What a cached part depends on: the files, the architecture, the plan, the place in it, what is held there, and
+    our version."""
     files = sorted(path for path in folder.iterdir() if path.name.endswith((".safetensors", _INDEX)))
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     plan = mesh.plan
     place = [plan.tp, plan.pp, plan.virtual_stages, mesh.index("tp"), mesh.index("pp")]
     shapes = [(name, tuple(parameter.shape)) for name, parameter in whole.named_parameters()]
-    text = json.dumps([meshloom.__version__, str(folder.resolve()), facts, place, type(whole).__name__, shapes])
+    parts = sorted((name, tuple(placed.tensor.shape)) for name, placed in held.items())  # styles may say otherwise
+    text = json.dumps([meshloom.__version__, str(folder.resolve()), facts, place, type(whole).__name__, shapes, parts])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

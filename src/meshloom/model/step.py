@@ -84,10 +84,11 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     # The learning rate is a number, not a tensor: the fused kernel then needs no copy of it to the device.
     make = partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
-    optimizer = make(groups) if shared_by is None else Zero(groups, group=shared_by, make=make)
+    optimizer: Any = make(groups) if shared_by is None else Zero(groups, group=shared_by, make=make)
     if fused:  # the other takes none
-        optimizer.found_inf = torch.zeros((), device=parameters[0].device)  # type: ignore[attr-defined]
-    return optimizer
+        optimizer.found_inf = torch.zeros((), device=parameters[0].device)
+    made: torch.optim.Optimizer = optimizer
+    return made
 
 
 def found_inf(optimizer: torch.optim.Optimizer) -> Tensor | None:

@@ -360,7 +360,7 @@ def _compiled(calls: Sequence[_Call], recorder: _Recorder, out: Any) -> Callable
 
 def _options(reduction: str) -> AllreduceOptions:
     options = AllreduceOptions()
-    options.reduceOp = _REDUCTIONS[reduction]  # type: ignore[assignment]
+    options.reduceOp = ReduceOp(_REDUCTIONS[reduction])
     return options
 
 

@@ -21,19 +21,27 @@ Fill = Callable[[Mapping[str, Placed]], None]
 
 
 def build_part(
-    config: Any, objective: Objective, *, mesh: Mesh, seed: int, fill: Fill | None = None, compiled: bool = False
+    config: Any,
+    objective: Objective,
+    *,
+    mesh: Mesh,
+    seed: int,
+    fill: Fill | None = None,
+    styles: Mapping[str, str] | None = None,
+    compiled: bool = False,
 ) -> nn.Module:
     """This rank's part of the model that `build_model` makes of the same seed, on the mesh's device.
 
     `fill` may give the parameters and saved buffers other values, such as those of a file; then none are drawn. A rank
     never holds more than its part and one tensor; only where an initialisation cannot be followed, which is warned of,
-    it holds the whole model for a moment. `compiled` layers go through torch.compile. Every rank of the mesh must
-    call this at the same point. Raises ModelError, PlanError.
+    it holds the whole model for a moment. `styles` is a plan written by hand, as `parallelize` takes it;
+    `compiled` layers go through torch.compile. Every rank of the mesh must call this at the same point. Raises
+    ModelError, PlanError.
     """
     model = build_model(config, objective, seed=seed, device="meta")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     example = example_batch(objective, micro_batch=1, seq_length=8, device="meta")
-    cut = cut_model(model, plan=mesh.plan, mesh=mesh, example=example, compiled=compiled)
+    cut = cut_model(model, plan=mesh.plan, mesh=mesh, example=example, styles=styles, compiled=compiled)
     held = {
         name: placed.like(torch.empty(placed.tensor.shape, dtype=placed.tensor.dtype, device=mesh.device))
         for name, placed in placed_parameters(cut, mesh, shapes).items()

@@ -41,9 +41,11 @@ from meshloom.parallel.written import apply_styles, check_names
 from meshloom.plan import Plan
 
 
-def check_plan(model: nn.Module, plan: Plan, example: Mapping[str, Tensor]) -> Discovery:
+def check_plan(
+    model: nn.Module, plan: Plan, example: Mapping[str, Tensor], styles: Mapping[str, str] | None = None
+) -> Discovery:
     """How the model is cut by `plan`; raises PlanError naming the module and number that the plan cannot take."""
-    return find_cut(model, plan, example)[0]
+    return find_cut(model, plan, example, styles)[0]
 
 
 def find_cut(
@@ -58,6 +60,8 @@ def find_cut(
         raise PlanError(f"plan {plan}: context parallel is not built yet; use cp1 and more dp or tp")
     if plan.sequence_parallel and plan.tp == 1:
         raise PlanError(f"plan {plan}: sequence parallel needs tensor parallel; write tp2.sp, or leave out sp")
+    if styles and plan.tp == 1:
+        raise PlanError(f"plan {plan}: styles say how tensor parallel cuts; write tp2 or more, or leave them out")
     if plan.tp == plan.pp == 1:
         return Discovery(pairs=(), kept={}), None
     if all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):

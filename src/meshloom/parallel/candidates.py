@@ -15,6 +15,8 @@ from torch.nn import functional
 from meshloom.parallel.vocab import CutLogits
 
 _functional = torch.ops._c10d_functional
+_all_reduce_in_place_op = _functional.all_reduce_.default  # by these names a recording knows what it may call plainly
+_wait_op = _functional.wait_tensor.default
 _LOW = 0xFFFFFFFF  # the lower half of an int64
 
 
@@ -43,7 +45,7 @@ def most_likely(logits: Tensor | CutLogits) -> Tensor:
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # of floats below 0 larger bits mean smaller numbers
     falling = _LOW - logits.part.range[0] - places
     best = falling.add_(ordered.long(), alpha=_LOW + 1)
-    _functional.wait_tensor(_functional.all_reduce_(best, "max", logits.part.group.group_name))
+    _wait_op(_all_reduce_in_place_op(best, "max", logits.part.group.group_name))
     return _LOW - (best & _LOW)
 
 

@@ -116,7 +116,9 @@ def run_ranks(
         own = log_dir if not first else log_dir / str(hosts and hosts.name)
         own.mkdir(parents=True, exist_ok=True)
         # What the agent logs when a rank dies is told in one line below; the rest is for those who debug it.
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        for name in [*logging.root.manager.loggerDict]:  # each has a level of its own
+            if name.startswith("torch.distributed.elastic"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         count_gpus_without_cuda()
         sys.stdout.flush()

@@ -335,7 +335,7 @@ def _reduction(name: str, args: Any) -> str:
         if isinstance(arg, str) and arg in _REDUCTIONS:
             return arg
         if isinstance(arg, torch.ScriptObject) and "ReduceOp" in str(arg._type()):
-            return _REDUCTIONS[int(arg.op())]
+            return _REDUCTIONS[int(arg.op())]  # type: ignore[attr-defined]
     return "sum" if "reduce" in name else ""
 
 

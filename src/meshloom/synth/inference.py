@@ -7,7 +7,7 @@ is proven on four of them (`repeat.py`); the others are stamped out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,7 @@ class Inference:
     num_output_tokens: int
     precision: Precision = "fp32"
     model_name: str = ""
+    styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +130,7 @@ def _given(step: Inference, notes: list[str], *, stamped: bool) -> _Given:
     model = build_model(config, "causal", seed=0, device="meta")
     layers: tuple[Layers, ...] = ()
     if stamped and getattr(config, "num_hidden_layers", 0) > FEWEST * plan.pp:
-        why = unlike_layers(model, config)
+        why = "a plan written by hand may name one layer" if step.styles else unlike_layers(model, config)
         if why:
             notes.append(f"every layer is captured by itself: {why}")
         else:
@@ -137,7 +138,7 @@ def _given(step: Inference, notes: list[str], *, stamped: bool) -> _Given:
             config = with_layers(config, layers[-1].captured.stop)
             model = build_model(config, "causal", seed=0, device="meta")
             plan = replace(plan, stage_layers=tuple(len(each.captured) for each in layers))
-    found, stages = find_cut(model, plan, example)
+    found, stages = find_cut(model, plan, example, step.styles)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return _Given(config, (found, stages), shapes, layers)
 

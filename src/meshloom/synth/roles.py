@@ -6,7 +6,7 @@ there are two). Roles of the middle of a pipeline are captured once; they differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -74,6 +74,7 @@ class Step:
     fused: bool = True
     zero: int = 0  # 1: optimizer states are shared over data parallel
     model_name: str = ""
+    styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
 
     def __post_init__(self) -> None:
         if self.precision == "fp16" and not self.fused:
@@ -183,6 +184,7 @@ def synthesise(
     fused: bool = True,
     zero: int = 0,
     model_name: str = "",
+    styles: Mapping[str, str] | None = None,
 ) -> dict[int, Trace]:
     """The traces of a training step of `config` on every rank of `plan`, by rank; nothing is computed.
 
@@ -202,6 +204,7 @@ def synthesise(
         fused=fused,
         zero=zero,
         model_name=model_name,
+        styles=styles or {},
     )
     return dict(sorted(find_roles(step).traces()))
 
@@ -234,7 +237,11 @@ def _reduced(step: Step, notes: list[str]) -> tuple[Reduced, Any]:
     small = few(plan)
     if plan.pp <= 3:
         return replace(same(plan), plan=small), step.config
-    why = unlike_layers(build(step.config, step.objective, device="meta"), step.config)
+    why = (
+        "a plan written by hand may name one layer"
+        if step.styles
+        else unlike_layers(build(step.config, step.objective, device="meta"), step.config)
+    )
     if why:
         notes.append(f"every stage is captured by itself: {why}")
         return replace(same(plan), plan=small), step.config
@@ -260,10 +267,10 @@ def flow_of(model: nn.Module, example: Batch) -> Flow:
         return trace_flow(fake_copy(model), example)
 
 
-def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan) -> Cut:
+def _cut_of(model: nn.Module, plan: Plan, example: Batch, told: Plan, styles: Mapping[str, str]) -> Cut:
     """How `plan` cuts the model; what is wrong is said of the plan `told`."""
     try:
-        return find_cut(model, plan, example)
+        return find_cut(model, plan, example, styles)
     except PlanError as error:
         raise PlanError(str(error).replace(f"plan {plan}", f"plan {told}")) from error
 
@@ -277,7 +284,7 @@ def _capture(step: Step, reduced: Reduced, config: Any, notes: Sequence[str], nu
         model = build(config, step.objective, device=device)
         example = example_batch(step.objective, micro_batch=1, seq_length=8, device=device)
         probe = plan if plan.pp == 1 else replace(plan, schedule="gpipe", num_micro_batches=1)
-        found, stages = _cut_of(model, probe, example, whole)
+        found, stages = _cut_of(model, probe, example, whole, step.styles)
     if stages is not None and reduced.num_layers is not None:
         stages = stages_of(stages, reduced.num_layers)
     flow = None

@@ -204,7 +204,7 @@ class Checkpoints:
 
     def _optimizer_state(self) -> dict[str, Stored]:
         states = {} if self.optimizer is None else self.optimizer.state
-        found = {}
+        found: dict[str, Stored] = {}
         for place, name in enumerate(self.names):
             placed = self.held.get(name)
             if placed is None or not self._is_mine(placed.tensor, place, shared=self.shares is not None):

@@ -161,8 +161,7 @@ def batches(stream: Stream, *, batch_size: int, rank: int, num_ranks: int, first
     """
     sequences = Sequences(stream)
     for begin in _count(first_sequence + rank, num_ranks * batch_size):
-        rows = [sequences.row(begin + place * num_ranks) for place in range(batch_size)]
-        yield {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        yield sequences.batch(range(begin, begin + batch_size * num_ranks, num_ranks))
 
 
 def _count(first: int, step: int) -> Iterator[int]:
@@ -185,6 +184,17 @@ class Sequences:
     def __len__(self) -> int:
         """How many sequences there are, each once."""
         return self._starts[-1]
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """What the sequences of these numbers give the model: argument names -> int64 (len(numbers), seq_length)."""
+        if self._stream.frame is not None:
+            rows = [self.row(number) for number in numbers]
+            return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        ids = np.empty((len(numbers), self._stream.seq_length), np.int64)
+        for place, number in enumerate(numbers):  # part of what a step costs beside its work: one copy each
+            part, turn = self._turns.at(number)
+            self._readers[part].fill(turn, ids[place])
+        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(ids.copy())}
 
     def row(self, number: int) -> Row:
         """What sequence `number` gives the model: argument names -> int64 (seq_length,)."""
@@ -224,11 +234,16 @@ class _Reader:
         place = self._place(turn)
         if place >= self._num_packed:
             return self._pair(self._first_pair + place - self._num_packed)
-        ids = self._packed(self._first_packed + place)
+        ids = np.empty(self._width, np.int64)
+        self._pack(self._first_packed + place, ids)
         if self._frame is None:
             return {"input_ids": ids, "labels": ids.copy()}
         ids = np.concatenate([self._frame.before, ids, self._frame.after])
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+    def fill(self, turn: int, ids: NDArray[np.int64]) -> None:
+        """Write the ids of a causal model's sequence of `turn` into `ids`, (seq_length,)."""
+        self._pack(self._first_packed + self._place(turn), ids)
 
     def _place(self, turn: int) -> int:
         epoch, index = divmod(turn, self.num_sequences)
@@ -238,10 +253,9 @@ class _Reader:
             self._block = (epoch, block, permuted(indices, self.num_sequences, seed=mixed(self._seed, epoch)))
         return int(self._block[2][index % _BLOCK])
 
-    def _packed(self, place: int) -> NDArray[np.int64]:
-        """Tokens of the shards, joined, from place * width on."""
+    def _pack(self, place: int, ids: NDArray[np.int64]) -> None:
+        """Put tokens of the shards, joined, from place * width on into `ids`, (width,)."""
         begin = place * self._width
-        ids = np.empty(self._width, np.int64)
         filled = 0
         shard = bisect_right(self._text_starts, begin) - 1
         while filled < self._width:
@@ -250,7 +264,6 @@ class _Reader:
             ids[filled : filled + len(piece)] = piece
             filled += len(piece)
             shard += 1
-        return ids
 
     def _pair(self, index: int) -> Row:
         assert self._frame is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Job:
     precision: Precision = "fp32"
     zero: int = 0  # 1: optimizer states are shared over data parallel
     compiled: bool = False
+    styles: Mapping[str, str] = field(default_factory=dict)  # a plan written by hand
     wandb: str | None = None  # the project there
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
@@ -114,7 +116,8 @@ def check_job(job: Job, available_bytes: int | None) -> int:
     if limit is not None and job.seq_length > limit:
         raise PlanError(f"--seq-length {job.seq_length}: expected at most {limit}, the positions that the model has")
     model = build_model(job.config, job.objective, seed=job.seed, device="meta")
-    check_plan(model, job.plan, example_batch(job.objective, micro_batch=1, seq_length=8, device="meta"))
+    example = example_batch(job.objective, micro_batch=1, seq_length=8, device="meta")
+    check_plan(model, job.plan, example, job.styles)
     if job.resume is not None:
         check_architecture(Path(job.resume), model)
     elif job.weights is not None:

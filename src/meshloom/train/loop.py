@@ -211,8 +211,10 @@ class Training:
                 overflow.double(),
             ]
         )
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
+        everyone = [mine]
+        if (num_ranks := dist.get_world_size()) > 1:  # else there is nobody to wait for, not even a thread of gloo's
+            everyone = [torch.empty_like(mine) for _ in range(num_ranks)]
+            dist.all_gather(everyone, mine)
         losses, stops, bad_losses, overflows = torch.stack(everyone).t().tolist()
         if self.scale is not None:  # which sees to such steps itself
             self.bad_loss.zero_()
@@ -299,7 +301,9 @@ def _build(job: Job, mesh: Mesh) -> nn.Module:
         whole = build_model(job.config, job.objective, seed=job.seed, device="meta")
         cache = None if job.shard_cache is None else Path(job.shard_cache)
         fill = fill_from(Path(job.weights), whole, mesh=mesh, cache=cache)
-    model = build_part(job.config, job.objective, mesh=mesh, seed=job.seed, fill=fill, compiled=job.compiled).train()
+    model = build_part(
+        job.config, job.objective, mesh=mesh, seed=job.seed, fill=fill, styles=job.styles, compiled=job.compiled
+    ).train()
     # Ranks of one tensor-parallel group draw the same dropout masks, or their copies of the residual would part.
     torch.manual_seed(job.seed + 1 + mesh.index("dp"))
     return model

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import msgspec
 
 from meshloom.chakra.packed import GZIP, Unpacked
 from meshloom.errors import DataError, OfflineError
+from meshloom.model.hub import hub_answers
 from meshloom.train.sources import SAMPLE, Document, File, Pair, Reading, Tally
 
 At = Callable[[float], None]
@@ -206,11 +205,7 @@ def _hub_or_cache() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError:
+    if not hub_answers():
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
