@@ -253,7 +253,9 @@ def _layer_bytes(model: nn.Module, layers: Layers, missing: int) -> int:
     """What the layers that were not captured hold: parameters of this stage's, and buffers of all `missing`."""
     one = model.get_submodule(f"{layers.prefix}{layers.captured[0]}")
     more = len(layers.whole) - len(layers.captured)
-    return more * _num_bytes(one.parameters()) + missing * _num_bytes(one.buffers())
+    # beside its parameters, a cut layer may keep its share of a bias as a plain tensor
+    plain = (value for module in one.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return more * _num_bytes([*one.parameters(), *plain]) + missing * _num_bytes(one.buffers())
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
