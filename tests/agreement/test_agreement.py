@@ -66,7 +66,7 @@ def _imagined(case: Case, num_output: int) -> dict[int, Trace]:
     return dict(synthesise_inference(step, stamped=False).traces())
 
 
-# In a decode step of Llama one product of a row is `bmm` in synthesis and `mm` on real ranks; docs/synth.md tells of it.
+# In a decode step of Llama one product of a row is `bmm` in synthesis and `mm` on real ranks; see docs/synth.md.
 _ONE_PRODUCT = pytest.mark.xfail(reason="a product of one row runs as another op", strict=True)
 
 
