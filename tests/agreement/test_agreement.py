@@ -66,13 +66,7 @@ def _imagined(case: Case, num_output: int) -> dict[int, Trace]:
     return dict(synthesise_inference(step, stamped=False).traces())
 
 
-# In a decode step of Llama one product of a row is `bmm` in synthesis and `mm` on real ranks; see docs/synth.md.
-_ONE_PRODUCT = pytest.mark.xfail(reason="a product of one row runs as another op", strict=True)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[_ONE_PRODUCT] * name.startswith("llama")) for name in GENERATION]
-)
+@pytest.mark.parametrize("name", GENERATION)
 def test_a_prefill_and_a_decode_step(name: str, captured: Path) -> None:
     case = GENERATION[name]
     once, twice, thrice, imagined = (_imagined(case, count) for count in (1, 2, 3, NUM_OUTPUT))

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshloom.parallel.fake import tensors_among
 from meshloom.synth import dispatch
-from meshloom.synth.known import results_of, signature
+from meshloom.synth.known import as_kernels_lay_it, results_of, signature
 from meshloom.synth.memory import Memory
 from meshloom.synth.roles import find_roles
 from meshloom.synth.wide import fill, wide, wide_all
@@ -155,3 +155,18 @@ def test_numbers_of_one_width() -> None:
     fill(data, np.array([0, 3, 6]), np.array([0, 300, 1 << 20]), 3)
     assert data.tobytes() == wide(0, 3) + wide(300, 3) + wide(1 << 20, 3) == wide_all([0, 300, 1 << 20], 3)
     assert wide(300, 3) == b"\xac\x82\x00"
+
+
+def test_views_have_the_strides_of_the_kernel() -> None:
+    """FakeTensorMode's own view gives others along dims of one element, at which a product looks."""
+
+    def view() -> Tensor:
+        return torch.empty_strided((1, 1, 4, 8), (32, 8, 8, 1)).view(1, 1, 32)
+
+    with FakeTensorMode():
+        given = torch.empty_strided((1, 1, 4, 8), (32, 8, 8, 1))
+        fake = given.view(1, 1, 32)
+        laid = as_kernels_lay_it(torch.ops.aten.view.default, (given, [1, 1, 32]), fake)
+    assert laid.stride() == view().stride()
+    assert laid.untyped_storage()._cdata == given.untyped_storage()._cdata
+    assert as_kernels_lay_it(torch.ops.aten.mm.default, (given,), fake) is fake

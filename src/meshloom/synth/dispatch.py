@@ -30,7 +30,7 @@ from meshloom.errors import PlanError
 from meshloom.model.step import PHASE
 from meshloom.parallel.fake import tensors_among
 from meshloom.parallel.pipeline import MESSAGE
-from meshloom.synth.known import Results, results_of, signature
+from meshloom.synth.known import Results, as_kernels_lay_it, results_of, signature
 from meshloom.synth.memory import Memory
 
 
@@ -206,7 +206,7 @@ class StepWatcher(TorchDispatchMode):
             out, facts = known.results.make(inputs), known.facts
         else:
             before = [tensor.shape for tensor in inputs]
-            out = func(*args, **kwargs)
+            out = as_kernels_lay_it(func, args, func(*args, **kwargs))
             facts = _facts(func, args, kwargs, inputs, out)
             if seen is not None and known is None:
                 self._known[seen[0]] = _Known(results_of(func, inputs, before, out), facts)

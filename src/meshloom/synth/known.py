@@ -20,6 +20,7 @@ from meshloom.parallel.fake import tensors_among
 _PLAIN = frozenset(
     (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 )
+_VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default))
 _OF_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 
 
@@ -88,6 +89,20 @@ def _note(values: Sequence[Any], parts: list[Any], tensors: list[Tensor]) -> boo
         else:
             return False
     return True
+
+
+def as_kernels_lay_it(func: Any, args: Sequence[Any], out: Any) -> Any:
+    """`out` of an op with the strides that PyTorch's kernel gives it.
+
+    For a view FakeTensorMode has code of its own, whose strides differ along dims of one element. No value lies
+    elsewhere, but a product asks for them when it chooses between mm and bmm.
+    """
+    if func not in _VIEWS or type(out) is not FakeTensor:
+        return out
+    given = args[0]
+    with torch._C._DisableTorchDispatch():
+        stride = torch.empty_strided(given.shape, given.stride(), device="meta").view(out.shape).stride()
+    return out if stride == out.stride() else _make(_result(out, [given])._replace(stride=stride), [given])
 
 
 def results_of(func: Any, tensors: Sequence[Tensor], before: Sequence[Any], out: Any) -> Results | None:
