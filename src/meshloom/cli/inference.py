@@ -73,6 +73,7 @@ def write_inference(
         "num_bytes": num_bytes,
         "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
         "nodes_per_rank": found.roles[0].num_nodes,
+        "peak_bytes": max(role.peak_bytes for role in found.roles),
         "notes": [*found.notes, *(["tokens are drawn from the gathered candidates; the trace is of the most likely one"]
                                   * drawn)],
     }  # fmt: skip

@@ -15,7 +15,13 @@ from meshloom.chakra.file import paused_collection, read
 from meshloom.cli.inference import OF_INFERENCE, OF_TRAINING, write_inference
 from meshloom.cli.styles import styles_option, take_styles
 from meshloom.errors import PlanError, UsageError
+from meshloom.hardware.device import load_device
 from meshloom.plan import Plan
+
+_CPU_MEMORY = (
+    "memory is what PyTorch's CPU kernels hold: with dropout in attention they keep the scores, which flash attention on "
+    "a GPU does not; `meshloom simulate --model` estimates a GPU's"
+)
 
 
 @click.command()
@@ -57,11 +63,12 @@ from meshloom.plan import Plan
 @click.option("--top-p", type=float, help="With --inference: likewise.")
 @click.option("--roles", is_flag=True, help="Write one trace for all ranks that run the same, and ranks.json.")
 @click.option("--capture-all", is_flag=True, help="Capture what repeats as often as it does: slow, and the same.")
+@click.option("--device", help="Say whether the fullest rank fits: h100-sxm, a100-80gb-sxm, … or a device file.")
 @click.option("--out", required=True, help="The folder for rank<r>.et, new or empty.")
 @click.option("--visualize-trace", is_flag=True, help="Draw rank 0: tensor_trace_graph.png and .json, and two more.")
 @click.option("--force", is_flag=True, help="Replace the traces that are in --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(as_json: bool, visualize_trace: bool, inference: bool, **options: Any) -> None:
+def command(as_json: bool, visualize_trace: bool, inference: bool, device: str | None, **options: Any) -> None:
     """Synthesise the traces of a step on ranks that you do not have: no processes, no memory, no GPU.
 
     \b
@@ -71,12 +78,17 @@ def command(as_json: bool, visualize_trace: bool, inference: bool, **options: An
           --seq-length 2048 --roles --out synth.gpt3
       meshloom synth --inference --model llama-3-8b --plan tp4 --num-output-tokens 20 --out synth.8b
     """
+    held = None if device is None else load_device(device)
     with paused_collection():  # also of imports, which make millions of objects and leave none
         told = _write(inference, options)
     if visualize_trace:
         from meshloom.view.graph_files import visualize_trace as draw
 
         told["pictures"] = [str(path) for path in draw(read(Path(options["out"]) / "rank0.et"), Path(options["out"]))]
+    if held is not None:
+        fits = told["peak_bytes"] <= held.memory_bytes
+        told |= {"device": held.name, "device_bytes": held.memory_bytes, "fits": fits}
+        told["notes"] += [_CPU_MEMORY] * (not inference and not fits)
     if as_json:
         click.echo(json.dumps(told))
         return
@@ -86,8 +98,16 @@ def command(as_json: bool, visualize_trace: bool, inference: bool, **options: An
         f"{told['num_files']} traces of {told['num_ranks']} ranks in {told['num_roles']} roles, "
         f"{told['nodes_per_rank']:,} nodes on rank 0, {told['num_bytes'] / 1e6:,.1f} MB: {told['folder']}"
     )
+    click.echo(f"memory: {told['peak_bytes'] / 1e9:,.2f} GB at the peak of the fullest rank" + _fits(told))
     for path in told.get("pictures", ()):
         click.echo(path)
+
+
+def _fits(told: dict[str, Any]) -> str:
+    if "device" not in told:
+        return ""
+    fits = "fits into" if told["fits"] else "DOES NOT FIT into"
+    return f", which {fits} the {told['device_bytes'] / 1e9:,.2f} GB of {told['device']}"
 
 
 def _write(inference: bool, options: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +203,7 @@ def _told(folder: Path, found: Any, num_bytes: int, roles: bool) -> dict[str, An
         "num_bytes": num_bytes,
         "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
         "nodes_per_rank": found.roles[0].num_nodes,
+        "peak_bytes": max(role.peak_bytes for role in found.roles),
         "notes": list(found.notes),
     }
 

@@ -48,7 +48,7 @@ class Device:
 
 
 def load_device(name: str) -> Device:
-    """The device of a shipped name (such as `h100-sxm`) or of a TOML file; raises HardwareError."""
+    """The device of a shipped name (`h100-sxm`, or `h100` for the same) or of a TOML file; raises HardwareError."""
     table, where = load_table(name, "device")
     for dtype, peak in as_table(table.get("flops_per_second", {}), f"{where}: [flops_per_second]").items():
         if dtype not in DTYPES:

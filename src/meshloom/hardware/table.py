@@ -53,7 +53,9 @@ def load_table(name: str, kind: str) -> tuple[dict[str, Any], str]:
     path = Path(name)
     if path.suffix != ".toml":
         folder = resources.files("meshloom.hardware") / "specs"
-        if f"{name}.toml" not in {spec.name for spec in folder.iterdir()}:  # not asked of the disk: names have limits
+        there = {spec.name for spec in folder.iterdir()}  # the disk is not asked for the name: names have limits
+        name = f"{name}-sxm" if f"{name}.toml" not in there and f"{name}-sxm.toml" in there else name
+        if f"{name}.toml" not in there:
             raise HardwareError(f"{kind} {name!r}: expected a TOML file or one of {', '.join(shipped(kind))}")
         return tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8")), name
     try:

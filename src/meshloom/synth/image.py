@@ -144,7 +144,7 @@ def _joined(
         ends=ends,
         groups=groups,
         peers=peers,
-        peak_bytes=_peak(step, plan, parts),
+        peak_bytes=peak_bytes(step, plan, parts),
     )
 
 
@@ -153,7 +153,7 @@ def held_bytes(step: Captured, plan: Plan) -> int:
     return step.held_bytes + plan.num_micro_batches * step.batch_bytes
 
 
-def _peak(step: Captured, plan: Plan, parts: Sequence[Part]) -> int:
+def peak_bytes(step: Captured, plan: Plan, parts: Sequence[Part]) -> int:
     """The most bytes that live at one time, if the parts run in this order."""
     known: dict[Part, tuple[int, int]] = {}  # what a part adds, and the most that it adds on its way
     live = most = 0

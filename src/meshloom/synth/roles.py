@@ -40,7 +40,7 @@ from meshloom.plan import Plan
 from meshloom.synth.dispatch import Group, StepWatcher
 from meshloom.synth.folder import ROLES_FILE, RoleOfRanks, whole_folder, write_file
 from meshloom.synth.forked import run_all
-from meshloom.synth.image import Carry, Image, held_bytes, stamp
+from meshloom.synth.image import Carry, Image, held_bytes, peak_bytes, stamp
 from meshloom.synth.parts import Captured, NotAlike, captured, enough_micro_batches, parts_of, standing_for
 from meshloom.synth.reduced import (
     Reduced,
@@ -108,6 +108,12 @@ class Role:
             for part, lines in self.step.parts.items()
         }
         return sum(of_part[part.standing(self.standing)] for part in parts_of(self.reduced.whole, self.place))
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that each of its ranks holds at one time."""
+        whole = self.reduced.whole
+        return peak_bytes(self.step, whole, [part.standing(self.standing) for part in parts_of(whole, self.place)])
 
     def image(self) -> Image:
         """The nodes of its ranks' traces, as bytes."""
