@@ -19,8 +19,8 @@ from meshloom.hardware.device import load_device
 from meshloom.plan import Plan
 
 _CPU_MEMORY = (
-    "memory is what PyTorch's CPU kernels hold: with dropout in attention they keep the scores, which flash attention on "
-    "a GPU does not; `meshloom simulate --model` estimates a GPU's"
+    "memory is what PyTorch's CPU kernels hold: with dropout in attention they keep the scores, which flash attention "
+    "on a GPU does not; `meshloom simulate --model` estimates a GPU's"
 )
 
 
