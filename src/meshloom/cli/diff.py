@@ -54,7 +54,8 @@ def _print(told: dict[str, Any], top: int) -> None:
     for side in ("a", "b"):
         facts = told[side]
         step = f", step {facts['step_ns'] / 1e6:,.3f} ms {facts['times']}" if facts.get("step_ns") else ""
-        console.print(escape(f"{side.upper()}: {facts['name']}, {facts['num_ranks']} ranks{step}"), highlight=False)
+        ranks = f"{facts['num_ranks']} rank{'s' * (facts['num_ranks'] != 1)}"
+        console.print(escape(f"{side.upper()}: {facts['name']}, {ranks}{step}"), highlight=False)
     for name in ("ops", "collectives"):
         rows = [row for row in told[name] if row["change"] != "same"]
         same = len(told[name]) - len(rows)
