@@ -65,7 +65,7 @@ def test_a_name_that_is_none_is_told_with_those_close_to_it(monkeypatch: pytest.
     assert "closest: gpt3-175b" in expected_model("gpt3-175B")
     assert "closest: llama-2-70b" in expected_model("llama2-70b")
     assert "koen-sllm, koen-sllm-1b" in expected_model("zzzz")
-    monkeypatch.setattr("meshloom.model.config.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(MeshloomError) as caught:
         load_config("gpt2-xxl")
     assert "expected a preset (closest: gpt2-xl" in str(caught.value)

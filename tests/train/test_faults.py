@@ -104,9 +104,12 @@ def test_a_folder_in_use(tmp_path: Path) -> None:
     write_facts(folder, config=Config(), plan=Plan(), command={"max_steps": 1})
     reopen_run(folder)  # by the process itself
     note = json.loads((folder / "run.json").read_text())
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+    script = "print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         from meshloom.train.processes import describe_process
 
+        assert other.stdout is not None
+        other.stdout.readline()  # before its first word it may still be known by our own command
         (folder / "run.json").write_text(json.dumps({**note, "process": describe_process(other.pid)}))
         with pytest.raises(FolderError, match=f"in use by process {other.pid}"):
             reopen_run(folder)
