@@ -13,13 +13,14 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig
 
 from meshloom.generate.engine import generate
@@ -116,6 +117,22 @@ def host_time(name: str, plan: str, new_tokens: int, folder: str) -> None:
         (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(told))
 
 
+def bare_sum(folder: str) -> None:
+    """Leave what one sum over two ranks costs by itself, of as many bytes as a token has in a small model."""
+    with rank_context("cpu") as device:
+        torch.set_num_threads(1)
+        mesh = make_mesh(Plan.parse("tp2"), device)
+        x = torch.ones(128)
+        times = []
+        for _ in range(500):
+            x.fill_(1)
+            begun = time.thread_time(), time.perf_counter()
+            dist.all_reduce(x, group=mesh.groups["tp"])
+            times.append((time.thread_time() - begun[0], time.perf_counter() - begun[1]))
+        told = [median(one[kind] for one in times[50:]) * 1e6 for kind in (0, 1)]
+        (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(told))
+
+
 def launch(function: Callable[..., None], *arguments: Any, num_ranks: int) -> dict[str, Any]:
     """Run the function on ranks of their own; gives what they left, by file."""
     with tempfile.TemporaryDirectory() as folder:
@@ -164,13 +181,17 @@ def single_table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def host_table(results: dict[str, Any]) -> str:
+def host_table(results: dict[str, Any], bare: Sequence[float]) -> str:
     """Host times as Markdown."""
     rows = ["| model | plan | host µs a token and layer | wall µs | host, of one process |", "|---|---|---|---|---|"]
     for name, times in results.items():
         for plan, (host, wall) in times.items():
             rows.append(f"| {name} | {plan} | {host:.0f} | {wall:.0f} | {host / times['dp1'][0]:.2f} |")
-    rows += ["", f"gloo, one thread a rank; the median step of the slower rank; the aim is {TARGET_TP}."]
+    rows += [
+        "",
+        f"gloo, one thread a rank; the median step of the slower rank; the aim is {TARGET_TP}. A layer sums twice; one "
+        f"sum of 512 bytes by itself takes {bare[0]:.0f} µs of the host's thread, {bare[1]:.0f} µs of the wall.",
+    ]
     return "\n".join(rows)
 
 
@@ -196,7 +217,9 @@ def main() -> None:
         tables["Generation"] = single_table(results["one_process"])
     if options.part != "single":
         results["us_a_token_and_layer"] = measure_host(list(HOST_CONFIGS)[:most], options.new_tokens, options.rounds)
-        tables["Generation: host time"] = host_table(results["us_a_token_and_layer"])
+        told = launch(bare_sum, num_ranks=2)
+        results["us_a_bare_sum"] = [max(times[kind] for times in told.values()) for kind in (0, 1)]
+        tables["Generation: host time"] = host_table(results["us_a_token_and_layer"], results["us_a_bare_sum"])
     print(json.dumps(results) if options.json else "\n\n".join(tables.values()))
     for title, text in tables.items() if options.write else ():
         part = "host" if "host" in title else "single"
