@@ -70,19 +70,31 @@ def save_for_ever(folder: str, plan: str, rank: int, store: str, begin: int, tol
             told.value = step - 1  # the save before this one was waited for
 
 
-def try_once(folder: Path, plan: Plan, begin: int, seed: int) -> tuple[str, int]:
-    """Save until killed; returns where that found the folder, and the last step that was done for sure."""
+def start(folder: Path, plan: Plan, begin: int, store: str) -> tuple[list[Any], Any]:
+    """The ranks, and the last step that is done for sure; it stays -1 if a rank died before it saved."""
     context = multiprocessing.get_context("fork")
     told = context.Value("q", -1, lock=False)  # a rank that is killed would take the lock along
-    store = str(folder.parent / f"store.{seed}")
     arguments = [(str(folder), str(plan), rank, store, begin, told) for rank in range(plan.world_size)]
-    ranks = [context.Process(target=save_for_ever, args=one) for one in arguments]
+    ranks: list[Any] = [context.Process(target=save_for_ever, args=one) for one in arguments]
     for rank in ranks:
         rank.start()
-    chance = random.Random(seed)
-    while told.value < 0:  # until it saves
+    while told.value < 0 and all(rank.is_alive() for rank in ranks):
         time.sleep(0.001)
-        assert all(rank.is_alive() for rank in ranks), "a rank died by itself"
+    if told.value < 0:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    return ranks, told
+
+
+def try_once(folder: Path, plan: Plan, begin: int, seed: int) -> tuple[str, int]:
+    """Save until killed; returns where that found the folder, and the last step that was done for sure."""
+    chance = random.Random(seed)
+    for number in range(3):  # gloo's ranks now and then do not find one another, before anything is saved
+        ranks, told = start(folder, plan, begin, str(folder.parent / f"store.{seed}.{number}"))
+        if told.value >= 0:
+            break
+    assert told.value >= 0, "ranks died by themselves, three times"
     time.sleep(chance.uniform(0, 0.15))
     if chance.random() < 0.8:  # else at any moment; while it writes, or removes what is old, matters more
         wanted = chance.choice([".*.part", ".*.part", ".*.gone"])
