@@ -11,18 +11,6 @@ import msgspec
 from meshloom.capture.link import Linked
 from meshloom.errors import TraceError
 
-# Ops that others are made of, for host traces that came without a recorder's notes.
-COMPOSITE = frozenset((
-    "aten::linear", "aten::matmul", "aten::to", "aten::contiguous", "aten::reshape", "aten::dropout",
-    "aten::layer_norm", "aten::softmax", "aten::log_softmax", "aten::cross_entropy_loss",
-    "aten::scaled_dot_product_attention", "aten::nll_loss", "aten::nll_loss_nd", "aten::flatten",
-    "aten::unflatten", "aten::einsum", "aten::conv1d", "aten::conv2d", "aten::batch_norm", "aten::group_norm",
-    "aten::rms_norm", "aten::instance_norm", "aten::max_pool2d", "aten::adaptive_avg_pool2d", "aten::chunk",
-    "aten::narrow", "aten::expand_as", "aten::type_as", "aten::square", "aten::std", "aten::var", "aten::tile",
-    "aten::repeat_interleave", "aten::pad", "aten::outer", "aten::lstm", "aten::gru", "aten::cosine_similarity",
-    "aten::dropout_", "aten::relu6",
-))  # fmt: skip
-
 
 class Notes(msgspec.Struct, frozen=True, kw_only=True):
     """What the recorder knew besides PyTorch's files. `collectives`: (operation, group name), in order."""

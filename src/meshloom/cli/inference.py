@@ -64,6 +64,13 @@ def write_inference(
     found = synthesise_inference(step, stamped=not capture_all)
     num_bytes = found.write(folder, roles_only=roles)
     drawn = temperature not in (0.0, 1.0) or top_k > 0 or top_p < 1
+    told = told_of(folder, found, num_bytes, roles)
+    told["notes"] += ["tokens are drawn from the gathered candidates; the trace is of the most likely one"] * drawn
+    return told
+
+
+def told_of(folder: Path, found: Any, num_bytes: int, roles: bool) -> dict[str, Any]:
+    """What `synth` prints as JSON of the roles that it found and wrote."""
     return {
         "folder": str(folder),
         "num_ranks": found.plan.world_size,
@@ -74,6 +81,5 @@ def write_inference(
         "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
         "nodes_per_rank": found.roles[0].num_nodes,
         "peak_bytes": max(role.peak_bytes for role in found.roles),
-        "notes": [*found.notes, *(["tokens are drawn from the gathered candidates; the trace is of the most likely one"]
-                                  * drawn)],
-    }  # fmt: skip
+        "notes": list(found.notes),
+    }

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from meshloom.chakra.file import paused_collection, read
-from meshloom.cli.inference import OF_INFERENCE, OF_TRAINING, write_inference
+from meshloom.cli.inference import OF_INFERENCE, OF_TRAINING, told_of, write_inference
 from meshloom.cli.styles import styles_option, take_styles
 from meshloom.errors import PlanError, UsageError
 from meshloom.hardware.device import load_device
@@ -98,7 +98,7 @@ def command(as_json: bool, visualize_trace: bool, inference: bool, device: str |
         f"{told['num_files']} traces of {told['num_ranks']} ranks in {told['num_roles']} roles, "
         f"{told['nodes_per_rank']:,} nodes on rank 0, {told['num_bytes'] / 1e6:,.1f} MB: {told['folder']}"
     )
-    click.echo(f"memory: {told['peak_bytes'] / 1e9:,.2f} GB at the peak of the fullest rank" + _fits(told))
+    click.echo(f"memory: {told['peak_bytes'] / 1e6:,.2f} MB at the peak of the fullest rank" + _fits(told))
     for path in told.get("pictures", ()):
         click.echo(path)
 
@@ -107,7 +107,7 @@ def _fits(told: dict[str, Any]) -> str:
     if "device" not in told:
         return ""
     fits = "fits into" if told["fits"] else "DOES NOT FIT into"
-    return f", which {fits} the {told['device_bytes'] / 1e9:,.2f} GB of {told['device']}"
+    return f", which {fits} the {told['device_bytes'] / 1e6:,.0f} MB of {told['device']}"
 
 
 def _write(inference: bool, options: dict[str, Any]) -> dict[str, Any]:
@@ -183,29 +183,13 @@ def write_traces(
     # a pass more than there are cores: three on two so end together
     found = find_roles(step, stamped=not capture_all, num_processes=1 + cores if forks else 1)
     num_bytes = found.write(folder, roles_only=roles, num_processes=cores if forks else 1)
-    return _told(folder, found, num_bytes, roles)
+    return told_of(folder, found, num_bytes, roles)
 
 
 def _check_positions(config: Any, seq_length: int) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and seq_length > limit:
         raise UsageError(f"--seq-length {seq_length}: expected at most {limit}, the positions that the model has")
-
-
-def _told(folder: Path, found: Any, num_bytes: int, roles: bool) -> dict[str, Any]:
-    """What the command prints as JSON."""
-    return {
-        "folder": str(folder),
-        "num_ranks": found.plan.world_size,
-        "num_roles": len(found.roles),
-        "num_files": len(found.roles) if roles else found.plan.world_size,
-        "num_nodes": sum(role.num_nodes * (1 if roles else len(role.ranks)) for role in found.roles),
-        "num_bytes": num_bytes,
-        "num_flops": sum(role.num_flops * len(role.ranks) for role in found.roles),
-        "nodes_per_rank": found.roles[0].num_nodes,
-        "peak_bytes": max(role.peak_bytes for role in found.roles),
-        "notes": list(found.notes),
-    }
 
 
 def micro_batches(plan: Plan, micro_batch: int, accumulation: int | None, global_batch: int | None) -> int:
